@@ -7,8 +7,9 @@ __all__ = ['PHASES', 'TISSUES', 'TISSUE_ID', 'ENCODINGS', 'ORIENTATIONS', 'Patie
            'paint_spine', 'paint_liver', 'paint_spleen', 'paint_kidney', 'paint_vessels', 'paint_stomach',
            'paint_bowel', 'render', 'write_series', 'write_mask', 'write_kaggle']
 
-# %% ../nbs/12_phantom.ipynb #835738a8
-import os, shutil
+# %% ../nbs/12_phantom.ipynb #5de0d6db
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -467,7 +468,7 @@ def _slice_dataset(hu, affine, number, encoding, uids, patient_id):
     ds["PixelData"].VR = "OW"
     return ds
 
-# %% ../nbs/12_phantom.ipynb #53d8a142
+# %% ../nbs/12_phantom.ipynb #03559a8b
 def write_series(
     folder: str | Path,  # gets one <instance>.dcm for each slice
     hu: np.ndarray,  # int16, (z, row, col)
@@ -478,7 +479,7 @@ def write_series(
     patient_id: int | str = "phantom",
     compress: bool = True,  # RLE Lossless, else plain
 ) -> Path:
-    "Write a DICOM series; returns the folder. UIDs follow from the folder's last names."
+    "Write a DICOM series; returns the folder. Its UIDs follow from `patient_id` and the folder's name."
     folder = Path(folder)
     names = [str(patient_id), folder.name]
     uids = [generate_uid(entropy_srcs=[*names[:n], what])[:54] for n, what in ((1, "study"), (2, "series"), (1, "frame"))]
@@ -506,7 +507,7 @@ def write_mask(
     with whole_file(path) as part: part.write_bytes(image.to_bytes())
     return Path(path)
 
-# %% ../nbs/12_phantom.ipynb #dd4a7565
+# %% ../nbs/12_phantom.ipynb #72145057
 ORIENTATIONS = ("RAS", "LPS", "LAS", "LAI", "RPI", "LPI")
 
 
@@ -521,11 +522,11 @@ def _write_patient(folder, patient, patient_id, done, size, slices):
         suffix = "" if n % 4 == 2 else ".nii"
         write_mask(folder / "segmentations" / f"{series_id}{suffix}", mask, affine, ORIENTATIONS[n % len(ORIENTATIONS)])
         rows.append({"patient_id": patient_id, "series_id": series_id,
-                     "aortic_hu": float(TISSUES["aorta"][1 + PHASES.index(phase)]),
+                     "aortic_hu": float(TISSUES["aorta"][1 + PHASES.index(phase)]),  # the phase's, not measured
                      "incomplete_organ": int(patient.coverage != "normal")})
     return rows
 
-
+# %% ../nbs/12_phantom.ipynb #15628fe0
 def write_kaggle(
     folder: str | Path,  # must not exist yet
     patients: int = 12,

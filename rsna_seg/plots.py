@@ -6,7 +6,8 @@
 __all__ = ['PANELS', 'Paper', 'png_bytes', 'save_png', 'organ_legend', 'training_curves', 'short_count', 'confusion_matrix',
            'roc_curves', 'triptychs', 'organ_center', 'draw_plane', 'preview', 'organ_bars']
 
-# %% ../nbs/14_plots.ipynb #0453b86e
+# %% ../nbs/14_plots.ipynb #ddfdfdaf
+import base64
 import io
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from PIL import Image
 from .files import whole_file
 from .organs import CLASSES, ORGANS, overlay
 
-# %% ../nbs/14_plots.ipynb #95bd22fc
+# %% ../nbs/14_plots.ipynb #a8b6dc62
 class Paper(Figure):
     "A matplotlib figure on white paper that every notebook displays, and on which nothing overlaps."
 
@@ -35,11 +36,12 @@ class Paper(Figure):
         super().__init__(figsize=(width, height), dpi=80, layout="constrained", facecolor="white")
         FigureCanvasAgg(self)
 
-    def _repr_png_(self):
-        image = Image.open(io.BytesIO(png_bytes(self))).convert("RGB")
-        buffer = io.BytesIO()
-        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(buffer, format="png", optimize=True)
-        return buffer.getvalue()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        image, png, jpeg = Image.open(io.BytesIO(png_bytes(self))).convert("RGB"), io.BytesIO(), io.BytesIO()
+        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(png, format="png", optimize=True)
+        image.save(jpeg, format="jpeg", quality=80, optimize=True)
+        kind, least = min(("image/png", png), ("image/jpeg", jpeg), key=lambda pair: pair[1].tell())
+        return {kind: base64.b64encode(least.getvalue()).decode()}
 
 
 def png_bytes(
@@ -73,7 +75,7 @@ def organ_legend(
     options = dict(loc="outside lower center", ncols=len(patches), frameon=False) | kwargs
     fig.legend(handles=patches, **options)
 
-# %% ../nbs/14_plots.ipynb #32523e30
+# %% ../nbs/14_plots.ipynb #0d30088f
 PANELS = {  # title: label of the axis, columns of the history
     "Loss": ("loss", ["train_loss", "valid_loss"]),
     "Pixel accuracy": ("share of pixels", ["train_accuracy", "valid_accuracy"]),
@@ -88,7 +90,7 @@ def training_curves(
     "Loss, pixel accuracy, Dice and learning rate by epoch, with the epoch of the best Dice marked."
     fig = Paper(9, 5.5)
     known = "valid_dice" in history and history.valid_dice.notna().any()
-    best = history.loc[history.valid_dice.idxmax()] if known else None
+    best = history.iloc[history.valid_dice.argmax()] if known else None
     for ax, (title, (label, columns)) in zip(fig.subplots(2, 2, sharex=True).flat, PANELS.items()):
         for column in history.columns.intersection(columns):
             name, color = ("validation", "#CC3311") if column.startswith("valid") else ("training", "#777777")

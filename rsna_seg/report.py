@@ -90,7 +90,7 @@ FIGURE = """<figure>
 </figure>
 """
 
-# %% ../nbs/15_report.ipynb #0823734c
+# %% ../nbs/15_report.ipynb #1d6edb2e
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --page: #fff; --band: #f4f6f8 }
 @media (prefers-color-scheme: dark) {
@@ -111,7 +111,7 @@ a { color: inherit; text-underline-offset: .2em }
 table { border-collapse: collapse; font-size: .95rem }
 th, td { padding: .35rem .9rem; text-align: left; border-bottom: 1px solid var(--line) }
 thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; vertical-align: bottom }
-tbody th { font-weight: 600 }
+tbody th { font-weight: 600; white-space: nowrap }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 .absent { color: var(--soft); cursor: help }
 figure { margin: 1.2rem 0 }

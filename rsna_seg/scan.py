@@ -265,7 +265,7 @@ def window(
     grey = (np.asarray(hu, dtype=np.float32) - np.float32(level - width / 2)) * np.float32(255 / width)
     return np.rint(np.clip(grey, 0, 255, out=grey), out=grey).astype(np.uint8)
 
-# %% ../nbs/11_scan.ipynb #08661412
+# %% ../nbs/11_scan.ipynb #a793b0a5
 def mid_planes(
     volume: np.ndarray,  # uint8, (z, row, col) or with a last axis of colours
     spacing: tuple,  # mm along (z, row, col)
@@ -286,11 +286,11 @@ def mid_planes(
     return np.concatenate(tiles, axis=1)
 
 
-def _repr_png_(self: Scan):
-    return cv2.imencode(".png", mid_planes(window(self.hu), self.spacing))[1].tobytes()
+def _repr_jpeg_(self: Scan):
+    return cv2.imencode(".jpg", mid_planes(window(self.hu), self.spacing), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
 
 
-Scan._repr_png_ = _repr_png_
+Scan._repr_jpeg_ = _repr_jpeg_
 
 # %% ../nbs/11_scan.ipynb #29ef52a3
 def _corners(affine, shape):

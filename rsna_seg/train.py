@@ -28,14 +28,14 @@ from .metrics import Confusion, dice, mean_organs, pixel_accuracy
 from .model import Card, SegLoss, as_input, build_model, save_checkpoint
 from .organs import ORGANS
 
-# %% ../nbs/03_train.ipynb #39701521
+# %% ../nbs/03_train.ipynb #060d7eb7
 @dataclass(frozen=True)
 class FitConfig:
     "Settings of a training run."
     size: int = 512  # pixels along both sides; slices of another size are scaled
     batch_size: int = 32  # slices that go through the network at once
     accumulation: int = 16  # batches to an optimiser step; 16 x 32 is a virtual batch of 512
-    epochs: int = 30
+    epochs: int = 30  # passes over the training slices
     lr: float = 1e-3  # learning rate of AdamW at the start; it follows a cosine to zero
     weight_decay: float = 0.01  # of AdamW
     dice: float = 0.5  # weight of the Dice loss
