@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AugmentConfig', 'Augment']
 
-# %% ../nbs/01_augment.ipynb #f2e3521d
+# %% ../nbs/01_augment.ipynb #8850ac09
 import os
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class AugmentConfig:
     grid_distortion: float = 0.3  # a 5 x 5 grid, its lines shifted by up to 30 %
     coarse_dropout: float = 0.2  # one or two black boxes of 10 to 20 % of the side; the mask stays
 
-# %% ../nbs/01_augment.ipynb #eebc6bee
+# %% ../nbs/01_augment.ipynb #03b6c51f
 class Augment:
     "The transforms of a config; a call gives (image, mask) and depends on its seed alone."
 
@@ -49,6 +50,7 @@ class Augment:
         seed,  # whole numbers, such as (seed, epoch, index)
     ):
         "The pair, transformed alike."
-        self.compose.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        number = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.compose.set_random_state(np.random.default_rng(number), random.Random(number))
         out = self.compose(image=image, mask=mask)
         return np.ascontiguousarray(out["image"]), np.ascontiguousarray(out["mask"])

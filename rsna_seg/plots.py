@@ -24,7 +24,7 @@ from PIL import Image
 from .files import whole_file
 from .organs import CLASSES, ORGANS, overlay
 
-# %% ../nbs/14_plots.ipynb #a8b6dc62
+# %% ../nbs/14_plots.ipynb #23db972f
 class Paper(Figure):
     "A matplotlib figure on white paper that every notebook displays, and on which nothing overlaps."
 
@@ -39,7 +39,7 @@ class Paper(Figure):
     def _repr_mimebundle_(self, include=None, exclude=None):
         image, png, jpeg = Image.open(io.BytesIO(png_bytes(self))).convert("RGB"), io.BytesIO(), io.BytesIO()
         image.quantize(256, Image.Quantize.MAXCOVERAGE).save(png, format="png", optimize=True)
-        image.save(jpeg, format="jpeg", quality=80, optimize=True)
+        image.save(jpeg, format="jpeg", quality=75, optimize=True)
         kind, least = min(("image/png", png), ("image/jpeg", jpeg), key=lambda pair: pair[1].tell())
         return {kind: base64.b64encode(least.getvalue()).decode()}
 
