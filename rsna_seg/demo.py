@@ -27,7 +27,7 @@ from .predict import Predictor, save_segmentation
 from .scan import read_mask
 from .train import TrainConfig, train
 
-# %% ../nbs/19_demo.ipynb #3cce24c3
+# %% ../nbs/19_demo.ipynb #88e197df
 @dataclass(frozen=True)
 class DemoConfig:
     "Size of the demonstration; the defaults take a few minutes on two cores."
@@ -37,8 +37,8 @@ class DemoConfig:
     slices: int = 40  # of a patient's scan
     scan_size: int = 256  # rows and columns of the DICOM slices
     size: int = 128  # pixels along both sides of what the network sees
-    epochs: int = 8  # of the first training
-    refine: int = 2  # epochs of the fine-tuning
+    epochs: int = 6  # of the first training
+    refine: int = 1  # epochs of the fine-tuning
     seed: int = 0
 
 

@@ -1,0 +1,127 @@
+"What is generated is in step with what it is generated from, and the documentation builds without a network."
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p.relative_to(TOP) for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def run(*words, cwd):
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": tools})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of the project in which generators may write."
+    folder = tmp_path_factory.mktemp("copy") / "rsna_seg"
+    unwanted = shutil.ignore_patterns(".git", "_proc", "_docs", "*.egg-info", "__pycache__", ".pytest_cache", "rsna_seg_demo")
+    return shutil.copytree(TOP, folder, ignore=unwanted)
+
+
+def differences(copy, *paths):
+    "Files below the paths that differ between the project and its copy, either way."
+    names = set()
+    for top in (TOP, copy):
+        for path in paths:
+            files = [top / path] if (top / path).is_file() else (top / path).rglob("*")
+            names |= {p.relative_to(top) for p in files if p.is_file() and "__pycache__" not in p.parts}
+    same = lambda name: (TOP / name).is_file() and (copy / name).is_file() and (TOP / name).read_bytes() == (copy / name).read_bytes()
+    return sorted(str(n) for n in names if not same(n))
+
+
+def test_notebooks_are_clean_and_exported(copy):
+    run("nbdev_clean", cwd=copy)
+    run("nbdev_export", cwd=copy)
+    assert differences(copy, "nbs", "rsna_seg") == []
+
+
+def test_readme_and_links_are_in_step(copy):
+    run(sys.executable, ".ci/derive.py", cwd=copy)
+    assert differences(copy, "README.md", "nbs") == []
+
+
+def test_another_owner_goes_everywhere(copy):
+    settings = (copy / "settings.ini").read_text()
+    (copy / "settings.ini").write_text(re.sub(r"(?m)^user = .*$", "user = somebody-else", settings))
+    run(sys.executable, ".ci/derive.py", cwd=copy)
+    ini = ConfigParser(delimiters=["="])
+    ini.read(TOP / "settings.ini")
+    owner = ini["DEFAULT"]["user"]
+    texts = [copy / "README.md", copy / "nbs" / "nbdev.yml", *(copy / n for n in NOTEBOOKS)]
+    for text in (p.read_text() for p in texts):
+        assert f"/{owner}/rsna_seg" not in text and f"{owner}.github.io" not in text
+    assert all("github/somebody-else/rsna_seg" in (copy / n).read_text() for n in NOTEBOOKS if n.name != "index.ipynb")
+    (copy / "settings.ini").write_text(settings)
+    run(sys.executable, ".ci/derive.py", cwd=copy)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
+def test_notebook_shows_what_it_did(name):
+    "Saved outputs, and no saved errors or warnings; small enough for git."
+    text = (TOP / name).read_text()
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in cells for o in c["outputs"]]
+    assert len(text) < 220_000
+    assert outputs or "tutorials" in name.parts or name.name == "index.ipynb"
+    for output in outputs:
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", output["text"]
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.ids = [], set()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids |= {attributes.get("id")} - {None}
+        self.links += [attributes[k] for k in ("href", "src") if attributes.get(k)]
+
+
+PROCESS = """
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+if __name__ == "__main__":
+    refresh_quarto_yml()
+    proc_nbs()
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
+def test_documentation_builds_offline(copy):
+    "One page a notebook, and every link inside the site leads somewhere."
+    (copy / "process.py").write_text(PROCESS)
+    run(sys.executable, "process.py", cwd=copy)
+    (copy / "process.py").unlink()
+    run("smalldocs", "render", "_proc", cwd=copy)
+    site = copy / "_proc" / "_docs"
+    pages = {page: Links() for page in site.rglob("*.html")}
+    for page, parser in pages.items():
+        parser.feed(page.read_text())
+    expected = {site / n.relative_to("nbs").with_suffix(".html") for n in NOTEBOOKS}
+    assert expected == set(pages)
+    broken = []
+    for page, parser in pages.items():
+        for link in parser.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            if not target.exists() or (target in pages and parts.fragment and unquote(parts.fragment) not in pages[target].ids):
+                broken.append(f"{page.name}: {link}")
+    assert broken == []
