@@ -147,28 +147,33 @@ def _prepare_case(case, folder, config):
     with whole_file(folder / "parts" / f"{case.patient}_{case.series}.csv") as part:
         pd.DataFrame(rows).to_csv(part, index=False)
 
-# %% ../nbs/00_data.ipynb #ff13adad
-def _begin(folder, config):
+# %% ../nbs/00_data.ipynb #741957c2
+def _settings(source, config):
+    "What decides the content of a dataset folder."
+    return {"source": str(Path(source).resolve()), **{k: v for k, v in asdict(config).items() if k != "jobs"}}
+
+
+def _begin(folder, settings):
     "Makes the unfinished folder, or checks that the one that is there was begun with the same settings."
-    settings = {k: v for k, v in asdict(config).items() if k != "jobs"}
     begun = folder / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != settings:
-        raise DataError(f"{folder} was begun with other settings ({begun}); delete it or use the same settings.")
+        raise DataError(f"{folder} was begun with another source or other settings ({begun.name} in it says which);"
+                        " use the same, or delete the folder.")
     for name in ("images", "masks", "parts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with whole_file(begun) as part:
         part.write_text(json.dumps(settings))
 
 
-def _finish(folder, cases, config, source):
+def _finish(folder, cases, settings):
     "Manifest and description from the parts; the folder is complete afterwards."
     ids = {"patient": str, "series": str}
     parts = [pd.read_csv(folder / "parts" / f"{c.patient}_{c.series}.csv", dtype=ids) for c in cases]
     manifest = pd.concat(parts, ignore_index=True)
-    manifest["split"] = split_by_patient(manifest.patient, config.valid, config.seed)
+    manifest["split"] = split_by_patient(manifest.patient, settings["valid"], settings["seed"])
     manifest.to_csv(folder / "manifest.csv", index=False)
     info = {
-        "version": 1, "source": str(source), "size": config.size, "level": config.level, "width": config.width,
+        "version": 1, **settings,
         "labelled": [o.key for o in ORGANS], "patients": int(manifest.patient.nunique()), "slices": len(manifest),
         "fingerprint": hashlib.sha256((folder / "manifest.csv").read_bytes()).hexdigest(),
     }  # fmt: skip
@@ -210,16 +215,18 @@ def open_data(
     check_split(manifest)
     return SliceData(folder, manifest, json.loads((folder / "dataset.json").read_text()))
 
-# %% ../nbs/00_data.ipynb #7b2e9bb5
-def _check_destination(dest, config):
-    "A finished dataset with the same settings, or None; raises `DataError` if something else stands there."
+# %% ../nbs/00_data.ipynb #52ee6726
+def _finished(dest, settings):
+    "The dataset that stands there with the same source and settings, or None; raises `DataError` for anything else."
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return None
     if not (dest / "dataset.json").exists():
         raise DataError(f"{dest} exists and is not a dataset folder; choose another destination.")
     data = open_data(dest)
-    if any(data.info[k] != getattr(config, k) for k in ("size", "level", "width")):
-        raise DataError(f"{dest} was prepared with other settings; choose another destination or delete it.")
+    for key, value in settings.items():
+        if data.info[key] != value:
+            raise DataError(f"{dest} was prepared with {key} = {data.info[key]}, not {value};"
+                            " choose another destination or delete it.")
     return data
 
 
@@ -233,18 +240,19 @@ def prepare(
     source, dest = Path(source), Path(dest)
     if not source.exists():
         raise DataError(f"{source} does not exist.")
-    if data := _check_destination(dest, config):
+    settings = _settings(source, config)
+    if data := _finished(dest, settings):
         return data
     cases = find_cases(source, mask)
     split_by_patient([c.patient for c in cases], config.valid, config.seed)
     folder = dest.with_name(dest.name + ".unfinished")
-    _begin(folder, config)
+    _begin(folder, settings)
     todo = [c for c in cases if not (folder / "parts" / f"{c.patient}_{c.series}.csv").exists()]
     work = Parallel(n_jobs=min(config.jobs, len(todo)) or 1, return_as="generator_unordered")
     done = work(delayed(_prepare_case)(case, folder, config) for case in todo)
     for _ in tqdm(done, total=len(cases), initial=len(cases) - len(todo), desc="prepare", unit="series"):
         pass
-    _finish(folder, cases, config, source)
+    _finish(folder, cases, settings)
     if dest.exists():
         dest.rmdir()
     os.replace(folder, dest)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_square', 'Segmentation', 'save_segmentation', 'Predictor']
 
-# %% ../nbs/06_predict.ipynb #8f46f713
+# %% ../nbs/06_predict.ipynb #4e1b1d9d
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .files import whole_file
 from .model import as_input, load_checkpoint
-from .organs import ORGANS
+from .organs import CLASSES, ORGANS
 from .plots import preview, save_png
 from .scan import Scan, read_scan, save_nifti, to_square, window
 
@@ -35,7 +35,7 @@ def from_square(
     top, left = (side - rows) // 2, (side - cols) // 2
     return logits[..., top : top + rows, left : left + cols]
 
-# %% ../nbs/06_predict.ipynb #1bc544ec
+# %% ../nbs/06_predict.ipynb #0eef182c
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "The organs of a scan."
@@ -47,8 +47,10 @@ class Segmentation:
     @property
     def organs(self):
         "Volume in millilitres, voxels and mean HU of each organ; NaN for the HU of an organ that was not found."
-        voxels = np.bincount(self.mask.ravel(), minlength=len(ORGANS) + 1)
-        total = np.bincount(self.mask.ravel(), weights=self.scan.hu.ravel(), minlength=len(ORGANS) + 1)
+        voxels, total = np.zeros((2, len(CLASSES)))
+        for plane, hu in zip(self.mask, self.scan.hu):  # slice by slice: a whole volume of weights would take gigabytes
+            voxels += np.bincount(plane.ravel(), minlength=len(CLASSES))
+            total += np.bincount(plane.ravel(), weights=hu.ravel(), minlength=len(CLASSES))
         rows = [{"organ": o.key, "ml": voxels[o.id] * self.scan.voxel_ml, "voxels": int(voxels[o.id]),
                  "mean_hu": total[o.id] / voxels[o.id] if voxels[o.id] else np.nan} for o in ORGANS]
         return pd.DataFrame(rows).set_index("organ")

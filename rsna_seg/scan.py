@@ -126,13 +126,13 @@ def _read_nifti(path):
     voxels, grid = _load_nifti(path)
     return _to_scan(_to_hu(voxels), grid, path.name.removesuffix(".gz").removesuffix(".nii"))
 
-# %% ../nbs/11_scan.ipynb #14681534
+# %% ../nbs/11_scan.ipynb #f870b9f1
 def _stored_values(dataset, path):
     "Pixel values as stored, int32, (row, col), with the sign of `BitsStored` bits."
     try:
         stored = dataset.pixel_array
     except Exception as error:  # every decoder has errors of its own
-        syntax = dataset.file_meta.TransferSyntaxUID.name
+        syntax = getattr(dataset.file_meta.get("TransferSyntaxUID"), "name", "that is not stated")
         reason = str(error).splitlines()[0]
         raise ScanError(f"{path} cannot be decoded from the transfer syntax {syntax}: {reason}") from error
     stored = stored.astype(np.int32)
@@ -143,28 +143,29 @@ def _stored_values(dataset, path):
 
 
 def _slice_hu(dataset, path):
-    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
     stored = _stored_values(dataset, path)
     return _to_hu(stored * slope + intercept if slope % 1 or intercept % 1 else stored * int(slope) + int(intercept))
 
-# %% ../nbs/11_scan.ipynb #f2e743d7
-_NEEDED = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")
+# %% ../nbs/11_scan.ipynb #c912049a
+_PLACE = ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")
+_PIXELS = ("Rows", "Columns", "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation")
 
 
 def _check_slice(dataset, path):
     "Raises `ScanError` unless the file is one grey CT slice with a place in the patient."
-    modality = dataset.get("Modality", "CT") or "CT"
-    missing = [tag for tag in _NEEDED if dataset.get(tag) in (None, "")]
+    modality = dataset.get("Modality") or "CT"  # Kaggle removed it
+    missing = [tag for tag in _PIXELS + _PLACE if dataset.get(tag) in (None, "")]
     if "PixelData" not in dataset:
         raise ScanError(f"{path} has no pixels; leave it out of the folder.")
     if modality != "CT":
         raise ScanError(f"{path} is not CT: its modality is {modality}.")
-    if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
+    if missing:
+        raise ScanError(f"{path} lacks {', '.join(missing)}: without that, its values or their place are unknown.")
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
         raise ScanError(f"{path} holds several frames; export the series as one file a slice.")
     if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation != "MONOCHROME2":
         raise ScanError(f"{path} is not a grey CT slice but {dataset.PhotometricInterpretation}.")
-    if missing:
-        raise ScanError(f"{path} lacks {', '.join(missing)}, so its place in the patient is unknown.")
 
 # %% ../nbs/11_scan.ipynb #15adccdc
 def _read_files(folder):
