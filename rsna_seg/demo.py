@@ -91,7 +91,7 @@ def _tell(scores, seconds, out):
     with whole_file(out / "demo.json") as part:
         part.write_text(json.dumps({"mean_dice": table.Dice.mean(), "dice": table.Dice.to_dict(), "seconds": seconds}, indent=2))
 
-# %% ../nbs/19_demo.ipynb #6eefdc07
+# %% ../nbs/19_demo.ipynb #0eb453ed
 def demo(
     config: DemoConfig = DemoConfig(),
 ) -> pd.DataFrame:  # one row a scan of an unseen patient, one column an organ
@@ -104,7 +104,7 @@ def demo(
         write_kaggle(out / "kaggle", c.patients, seed=c.seed, size=c.scan_size, slices=c.slices)
         write_kaggle(out / "unseen", c.unseen, seed=c.seed + 1, size=c.scan_size, slices=c.slices, first_id=20000)
     with clock("prepare", "from DICOM and NIfTI to PNG slices, split by patient"):
-        prepare(out / "kaggle", out / "data", config=PrepareConfig(size=c.size, seed=c.seed))
+        prepare(out / "kaggle", out / "data", config=PrepareConfig(size=c.size, seed=c.seed, jobs=1))
     with clock("train", f"{c.epochs} epochs; the recipe has 30, at 512 pixels, with flips"):
         settings = TrainConfig(**shared, epochs=c.epochs, lr=3e-3, encoder_weights=_encoder_weights())
         first = train(out / "data", out / "first", settings)
