@@ -145,7 +145,7 @@ def _volume_table(volumes):
     table["count"] = table["count"].astype(int)
     return table.rename(columns={"mean": "mean Dice", "std": "standard deviation", "min": "lowest", "count": "volumes"})
 
-# %% ../nbs/05_evaluate.ipynb #4c181689
+# %% ../nbs/05_evaluate.ipynb #d7dd67fa
 def _metrics(result, volumes):
     "All scores as plain numbers, None where there is none."
     by_class = result.table.astype(object).where(result.table.notna(), None)
@@ -166,12 +166,14 @@ def write_evaluation(
     "Writes metrics.json, per_volume.csv, the figures and report.html."
     out, volumes = Path(out), result.volumes
     history = Path(result.checkpoint).with_name("history.csv")
-    figures = {"confusion_matrix": confusion_matrix(result.matrix), "roc": roc_figure(result),
-               "examples": example_figure(result, data), "volume_dice": organ_bars(volumes.mean().to_dict())}
+    draw = {"volume_dice": lambda: organ_bars(volumes.mean().to_dict()), "examples": lambda: example_figure(result, data),
+            "confusion_matrix": lambda: confusion_matrix(result.matrix), "roc": lambda: roc_figure(result)}
     if history.exists():
-        figures["training_curves"] = training_curves(pd.read_csv(history))
-    for name, figure in figures.items():
-        save_png(figure, out / f"{name}.png", dpi=160)
+        draw["training_curves"] = lambda: training_curves(pd.read_csv(history))
+    figures = {}
+    for name in tqdm(draw, desc="report", unit="figure"):
+        figures[name] = draw[name]()
+        save_png(figures[name], out / f"{name}.png", dpi=160)
     with whole_file(out / "per_volume.csv") as part:
         volumes.to_csv(part)
     with whole_file(out / "metrics.json") as part:
