@@ -71,11 +71,13 @@ def test_another_owner_goes_everywhere(copy):
 
 @pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
 def test_notebook_shows_what_it_did(name):
-    "Saved outputs, and no saved errors or warnings; small enough for git."
+    "Saved outputs, and no saved errors, warnings or widgets; small enough for git."
     text = (TOP / name).read_text()
-    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    notebook = json.loads(text)
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     outputs = [o for c in cells for o in c["outputs"]]
     assert len(text) < 220_000
+    assert "widgets" not in notebook["metadata"]
     assert outputs or "tutorials" in name.parts or name.name == "index.ipynb"
     for output in outputs:
         assert output["output_type"] != "error"
