@@ -31,21 +31,27 @@ def usage():
         "For research and teaching; not a medical device.",
     ])  # fmt: skip
 
-# %% ../nbs/16_cli.ipynb #21d880dc
+# %% ../nbs/16_cli.ipynb #739e537f
 def _run(name, arguments):
     commands = import_module("rsna_seg.commands")
-    command = commands.parse(name, arguments)
     try:
-        command.run()
+        commands.parse(name, arguments).run()
     except RsnaSegError as error:
-        sys.exit(_complain(name, error))
+        sys.exit(_complain(name, _sentence(error)))
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         sys.exit(_complain(name, f"{error.filename or 'writing'}: {error.strerror}."))
     except KeyboardInterrupt:
-        _complain(name, "interrupted; give the same command again to go on.")
+        goes_on = name in ("prepare", "train", "finetune")
+        _complain(name, "interrupted; give the same command again to go on." if goes_on else "interrupted.")
         sys.exit(130)
+
+
+def _sentence(error):
+    "The error's own text, without the traceback that a loader process puts in front of it."
+    text = str(error)
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def _complain(name, sentence):

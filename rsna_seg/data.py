@@ -73,7 +73,7 @@ def find_cases(
         raise DataError(f"{source} is one scan; name its mask too: --mask FILE.")
     raise DataError(f"{source} is not a competition folder: train_images/ and segmentations/ are looked for.")
 
-# %% ../nbs/00_data.ipynb #f9936de2
+# %% ../nbs/00_data.ipynb #61f43a0e
 def split_by_patient(
     patients,  # the patient of each row
     valid: float = 0.1,  # share of patients for validation, 0..1; at least one patient unless 0
@@ -88,7 +88,7 @@ def split_by_patient(
     if len(names) < 2:
         raise DataError("There is one patient only, and a patient cannot be in training and validation at once:"
                         " prepare with --valid 0 to use all slices for training, or add patients.")
-    draw = GroupShuffleSplit(n_splits=1, test_size=max(1, round(valid * len(names))), random_state=seed)
+    draw = GroupShuffleSplit(n_splits=1, test_size=min(max(1, round(valid * len(names))), len(names) - 1), random_state=seed)
     split[next(draw.split(patients, groups=patients))[1]] = "valid"
     return split
 
@@ -102,7 +102,7 @@ def check_split(
     if both:
         raise DataError(f"Patient {both[0]} is in training and in validation; prepare the data again.")
 
-# %% ../nbs/00_data.ipynb #a09577c5
+# %% ../nbs/00_data.ipynb #467bddec
 @dataclass(frozen=True)
 class PrepareConfig:
     "How a source becomes a dataset folder."
@@ -112,6 +112,11 @@ class PrepareConfig:
     valid: float = 0.1  # share of patients for validation; 0 keeps all for training
     seed: int = 0  # of the split
     jobs: int = -1  # processes; -1 is one for each core
+
+    def __post_init__(self):
+        if self.size < 1 or self.width <= 0 or not 0 <= self.valid < 1 or self.seed < 0 or not self.jobs:
+            raise DataError(f"{self} cannot be: size and width are positive, valid is at least 0 and below 1,"
+                            " seed is not negative, jobs is not 0.")
 
 # %% ../nbs/00_data.ipynb #9d1c80dc
 def _write_png(path, pixels):
@@ -147,10 +152,11 @@ def _prepare_case(case, folder, config):
     with whole_file(folder / "parts" / f"{case.patient}_{case.series}.csv") as part:
         pd.DataFrame(rows).to_csv(part, index=False)
 
-# %% ../nbs/00_data.ipynb #741957c2
-def _settings(source, config):
+# %% ../nbs/00_data.ipynb #49c78f06
+def _settings(source, mask, config):
     "What decides the content of a dataset folder."
-    return {"source": str(Path(source).resolve()), **{k: v for k, v in asdict(config).items() if k != "jobs"}}
+    paths = {"source": str(source.resolve()), "mask": str(Path(mask).resolve()) if mask else None}
+    return {**paths, **{k: v for k, v in asdict(config).items() if k != "jobs"}}
 
 
 def _begin(folder, settings):
@@ -178,10 +184,10 @@ def _finish(folder, cases, settings):
         "fingerprint": hashlib.sha256((folder / "manifest.csv").read_bytes()).hexdigest(),
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(info, indent=2))
-    (folder / "settings.json").unlink()
     shutil.rmtree(folder / "parts")
+    (folder / "settings.json").unlink()
 
-# %% ../nbs/00_data.ipynb #2fb46f4f
+# %% ../nbs/00_data.ipynb #0913542a
 @dataclass(frozen=True)
 class SliceData:
     "A dataset folder: PNG pairs with their manifest."
@@ -209,13 +215,21 @@ def open_data(
 ) -> SliceData:
     "The dataset folder; raises `DataError` if it is unfinished, incomplete or mixes a patient over the split."
     folder = Path(folder)
-    if not (folder / "dataset.json").exists() or not (folder / "manifest.csv").exists():
-        raise DataError(f"{folder} is not a dataset folder; make one with: rsna_seg prepare SOURCE {folder}")
-    manifest = pd.read_csv(folder / "manifest.csv", dtype={"patient": str, "series": str})
+    if not (folder / "dataset.json").exists() or (folder / "settings.json").exists():
+        raise DataError(f"{folder} is not a complete dataset folder; make one with: rsna_seg prepare SOURCE {folder}")
+    try:
+        manifest = pd.read_csv(folder / "manifest.csv", dtype={"patient": str, "series": str})
+        info = json.loads((folder / "dataset.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is damaged ({error}); delete it and prepare the data again.") from error
+    there = {f"{kind}/{name}" for kind in ("images", "masks") for name in os.listdir(folder / kind)}
+    missing = [name for name in (*manifest["image"], *manifest["mask"]) if name not in there]
+    if missing:
+        raise DataError(f"{folder / missing[0]} is missing, one of {len(missing)}; prepare the data again.")
     check_split(manifest)
-    return SliceData(folder, manifest, json.loads((folder / "dataset.json").read_text()))
+    return SliceData(folder, manifest, info)
 
-# %% ../nbs/00_data.ipynb #52ee6726
+# %% ../nbs/00_data.ipynb #4c933204
 def _finished(dest, settings):
     "The dataset that stands there with the same source and settings, or None; raises `DataError` for anything else."
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
@@ -224,8 +238,8 @@ def _finished(dest, settings):
         raise DataError(f"{dest} exists and is not a dataset folder; choose another destination.")
     data = open_data(dest)
     for key, value in settings.items():
-        if data.info[key] != value:
-            raise DataError(f"{dest} was prepared with {key} = {data.info[key]}, not {value};"
+        if data.info.get(key) != value:
+            raise DataError(f"{dest} was prepared with {key} = {data.info.get(key)}, not {value};"
                             " choose another destination or delete it.")
     return data
 
@@ -237,10 +251,10 @@ def prepare(
     config: PrepareConfig = PrepareConfig(),
 ) -> SliceData:
     "Makes the dataset folder, or finishes one that was interrupted; raises `DataError` or `ScanError`."
-    source, dest = Path(source), Path(dest)
+    source, dest = Path(source), Path(dest).resolve()
     if not source.exists():
         raise DataError(f"{source} does not exist.")
-    settings = _settings(source, config)
+    settings = _settings(source, mask, config)
     if data := _finished(dest, settings):
         return data
     cases = find_cases(source, mask)
@@ -253,8 +267,6 @@ def prepare(
     for _ in tqdm(done, total=len(cases), initial=len(cases) - len(todo), desc="prepare", unit="series"):
         pass
     _finish(folder, cases, settings)
-    if dest.exists():
-        dest.rmdir()
     os.replace(folder, dest)
     return open_data(dest)
 

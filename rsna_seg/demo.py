@@ -27,7 +27,7 @@ from .predict import Predictor, save_segmentation
 from .scan import read_mask
 from .train import TrainConfig, train
 
-# %% ../nbs/19_demo.ipynb #88e197df
+# %% ../nbs/19_demo.ipynb #6eaf6487
 @dataclass(frozen=True)
 class DemoConfig:
     "Size of the demonstration; the defaults take a few minutes on two cores."
@@ -39,7 +39,11 @@ class DemoConfig:
     size: int = 128  # pixels along both sides of what the network sees
     epochs: int = 6  # of the first training
     refine: int = 1  # epochs of the fine-tuning
-    seed: int = 0
+    seed: int = 0  # of patients, split, weights and order
+
+    def __post_init__(self):
+        if self.patients < 2 or min(self.unseen, self.slices, self.scan_size, self.epochs, self.refine) < 1:
+            raise ConfigError("The demo needs at least two patients to learn from and one of everything else.")
 
 
 _AUGMENT = AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate_limit=15)

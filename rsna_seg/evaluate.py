@@ -125,11 +125,11 @@ def example_figure(
     titles = [f"{name}: Dice {scores[i]:.2f}\npatient {result.rows.patient[i]}, z = {result.rows.z[i]}" for name, i in chosen.items()]
     return triptychs([image.numpy() for image, _ in pairs], [mask.numpy() for _, mask in pairs], found, titles)
 
-# %% ../nbs/05_evaluate.ipynb #87d6f44e
+# %% ../nbs/05_evaluate.ipynb #39fa8364
 def _summary(result, volumes):
     "What a reader should know first, in sentences."
     means = volumes.mean()
-    count = f"{volumes.index.get_level_values('patient').nunique()} patients ({len(volumes)} series, {len(result.rows)} slices)"
+    count = f"{len(volumes)} series of patients {', '.join(volumes.index.unique('patient'))} ({len(result.rows)} slices)"
     return [
         f"Judged on {count} of the split “{result.split}”.",
         f"The mean volume Dice of the organs is {means.mean():.3f}; the best is {means.idxmax().replace('_', ' ')} with"
@@ -182,13 +182,14 @@ def write_evaluation(
                  _sections(result, volumes, figures))
     return out / "report.html"
 
-# %% ../nbs/05_evaluate.ipynb #dd280c9f
+# %% ../nbs/05_evaluate.ipynb #22d2fc7b
 def _sections(result, volumes, figures):
     "The report's parts, the most telling first."
     sections = [
         Section("Dice of each organ", "Dice is twice the overlap over the sum of both areas: 1 is a perfect outline, 0 no"
                 " overlap. It is computed for each series as a volume, then averaged; an organ that a patient does not"
-                " have is left out.", _volume_table(volumes), figures["volume_dice"], alt="Bars of mean Dice by organ"),
+                " have is left out.", _volume_table(volumes), figures["volume_dice"], alt="Bars of mean Dice by organ",
+                absent="fewer than two volumes, or organ absent"),
         Section("Worst, middle and best slice", figure=figures["examples"], caption="Left the input, in the middle the"
                 " truth, right the prediction. The patient's left is on the right of the image."),
         Section("All pixels together", "Scores over all pixels of all slices. AUC-ROC tells how well the score of a class"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FinetuneConfig', 'finetune']
 
-# %% ../nbs/04_finetune.ipynb #4a315182
+# %% ../nbs/04_finetune.ipynb #2bec48f3
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .data import open_data
-from .model import load_checkpoint
+from .model import file_sha256, load_checkpoint
 from .train import FitConfig, Run, fit
 
 # %% ../nbs/04_finetune.ipynb #2c982203
@@ -29,7 +29,7 @@ class FinetuneConfig(FitConfig):
         "File name of the best checkpoint."
         return "best_mobilenet_rsna_refined.pth"
 
-# %% ../nbs/04_finetune.ipynb #2cfed434
+# %% ../nbs/04_finetune.ipynb #0dab1064
 def finetune(
     checkpoint: str | Path,  # a state_dict of this network
     data: str | Path,  # a dataset folder, made by `prepare`
@@ -40,5 +40,5 @@ def finetune(
     data = open_data(data)
     data.part(config.validate_on)
     torch.manual_seed(config.seed)
-    model, card = load_checkpoint(checkpoint)
-    return fit(model, data, out, config, begin_with=card.sha256 or Path(checkpoint).name)
+    model, _ = load_checkpoint(checkpoint)
+    return fit(model, data, out, config, begin_with=file_sha256(checkpoint))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Grid', 'Scan', 'read_scan', 'window', 'mid_planes', 'read_mask', 'to_source', 'save_nifti', 'to_square']
 
-# %% ../nbs/11_scan.ipynb #a9c12e61
+# %% ../nbs/11_scan.ipynb #dc4966e7
 import gzip
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,13 +58,12 @@ class Scan:
         "Volume of one voxel in millilitres."
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
-# %% ../nbs/11_scan.ipynb #f3a91270
+# %% ../nbs/11_scan.ipynb #260b3076
 def _turn(
     voxels,  # (i, j, k) in any order
     affine,  # 4x4: (i, j, k, 1) -> mm, RAS
-    axes=_AXES,  # where the axes shall run to
-):  # voxels with the axes turned and flipped, their affine to RAS mm
-    change = orient.ornt_transform(orient.io_orientation(affine), orient.axcodes2ornt(axes))
+):  # voxels with the axes turned and flipped to (z, row, col), their affine to RAS mm
+    change = orient.ornt_transform(orient.io_orientation(affine), orient.axcodes2ornt(_AXES))
     return orient.apply_orientation(voxels, change), affine @ orient.inv_ornt_aff(change, voxels.shape)
 
 
@@ -71,7 +71,8 @@ def _to_scan(voxels, grid, name):
     hu, affine = _turn(voxels, grid.affine)
     return Scan(np.ascontiguousarray(hu), _LPS @ affine, grid, name)
 
-# %% ../nbs/11_scan.ipynb #5422fc58
+# %% ../nbs/11_scan.ipynb #41aa6b5f
+_DAMAGED = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
 _FORMATS = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}
 
 
@@ -87,11 +88,11 @@ def _nifti_format(path):
     try:
         with _open(path) as file:
             start = file.read(352)
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return None
     return _FORMATS.get(start[344:347]) or _FORMATS.get(start[4:7])
 
-# %% ../nbs/11_scan.ipynb #2313bc0c
+# %% ../nbs/11_scan.ipynb #34118806
 def _load_nifti(path):
     "The image's voxels (i, j, k) and its `Grid`; raises `ScanError`."
     form = _nifti_format(path)
@@ -101,8 +102,10 @@ def _load_nifti(path):
         with _open(path) as file:
             image = form.from_stream(file)
             voxels = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise ScanError(f"{path} cannot be read as NIfTI ({error}); it may be cut short, copy it again.") from error
+            while file.read(1 << 20):  # to the end, where gzip keeps its checksum
+                pass
+    except _DAMAGED as error:
+        raise ScanError(f"{path} cannot be read as NIfTI ({error}); it may be damaged, copy it again.") from error
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or voxels.dtype.names or 0 in voxels.shape:
@@ -167,21 +170,33 @@ def _check_slice(dataset, path):
     if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation != "MONOCHROME2":
         raise ScanError(f"{path} is not a grey CT slice but {dataset.PhotometricInterpretation}.")
 
-# %% ../nbs/11_scan.ipynb #15adccdc
+# %% ../nbs/11_scan.ipynb #896a5b3a
+def _read_file(path):
+    "The dataset of a DICOM file, or None for a file of another kind; raises `ScanError` if it is cut short."
+    try:
+        dataset = pydicom.dcmread(path)
+    except (InvalidDicomError, EOFError):
+        if path.suffix.lower() != ".dcm":
+            return None
+        dataset = ()
+    if not len(dataset):
+        raise ScanError(f"{path} is not whole; copy it again.")
+    return dataset
+
+
 def _read_files(folder):
     "The DICOM files below a folder as (path, dataset), all of one series; other files are left alone."
-    slices = []
+    slices, series = [], None
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        try:
-            slices.append((path, pydicom.dcmread(path)))
-        except (InvalidDicomError, EOFError):
+        dataset = _read_file(path)
+        if dataset is None or "DirectoryRecordSequence" in dataset:
             continue
-    slices = [(path, dataset) for path, dataset in slices if "DirectoryRecordSequence" not in dataset]
+        series = dataset.get("SeriesInstanceUID") if not slices else series
+        if dataset.get("SeriesInstanceUID") != series:
+            raise ScanError(f"{folder} holds more than one series ({slices[0][0]} and {path}); give the folder of one.")
+        slices.append((path, dataset))
     if not slices:
         raise ScanError(f"{folder} holds no DICOM file; give the folder of one CT series, or a NIfTI file.")
-    series = {str(dataset.get("SeriesInstanceUID", "")) for _, dataset in slices}
-    if len(series) > 1:
-        raise ScanError(f"{folder} holds {len(series)} series; give the folder of one of them.")
     return slices
 
 # %% ../nbs/11_scan.ipynb #f0723c22
@@ -209,7 +224,7 @@ def _check_positions(paths, along):
             " slices are missing, copy the series again."
         )
 
-# %% ../nbs/11_scan.ipynb #3ea3486a
+# %% ../nbs/11_scan.ipynb #94c0bc5f
 def _series_affine(slices, along):
     "4x4 from (col, row, slice) to RAS mm, for slices in order of position."
     one, last = slices[0][1], slices[-1][1]
@@ -237,9 +252,9 @@ def _assemble(slices, path):
     _check_positions([file for file, _ in slices], along)
     hu = np.stack([_slice_hu(dataset, file) for file, dataset in slices])
     voxels = hu.transpose(2, 1, 0)
-    return _to_scan(voxels, Grid(path, voxels.shape, _series_affine(slices, along)), path.stem)
+    return _to_scan(voxels, Grid(path, voxels.shape, _series_affine(slices, along)), path.name.removesuffix(".dcm"))
 
-# %% ../nbs/11_scan.ipynb #b06c9166
+# %% ../nbs/11_scan.ipynb #a7a6262f
 def read_scan(
     path: str | Path,  # a folder with one DICOM series, one DICOM file, or a NIfTI file
 ) -> Scan:
@@ -251,10 +266,10 @@ def read_scan(
         return _assemble(_read_files(path), path)
     if _nifti_format(path):
         return _read_nifti(path)
-    try:
-        return _assemble([(path, pydicom.dcmread(path))], path)
-    except (InvalidDicomError, EOFError):
-        raise ScanError(f"{path} is neither DICOM nor NIfTI.") from None
+    dataset = _read_file(path)
+    if dataset is None:
+        raise ScanError(f"{path} is neither DICOM nor NIfTI.")
+    return _assemble([(path, dataset)], path)
 
 # %% ../nbs/11_scan.ipynb #1e331917
 def window(
@@ -326,14 +341,14 @@ def read_mask(
     _check_labels(mask, path)
     return np.ascontiguousarray(mask, dtype=np.uint8)
 
-# %% ../nbs/11_scan.ipynb #cc95db7e
+# %% ../nbs/11_scan.ipynb #f864cdb7
 def to_source(
     voxels: np.ndarray,  # (z, row, col) on the scan's grid
     scan: Scan,  # the scan they belong to
 ) -> np.ndarray:  # in the order and shape of the source
     "The same voxels in the order of the file that the scan was read from."
-    axes = nib.aff2axcodes(scan.source.affine)
-    return np.ascontiguousarray(_turn(voxels, _LPS @ scan.affine, axes)[0])
+    back = orient.ornt_transform(orient.axcodes2ornt(_AXES), orient.io_orientation(scan.source.affine))
+    return np.ascontiguousarray(orient.apply_orientation(voxels, back))
 
 
 def save_nifti(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitConfig', 'TrainConfig', 'batch_shares', 'pick_precision', 'train_epoch', 'valid_epoch', 'Run', 'fit', 'train']
 
-# %% ../nbs/03_train.ipynb #69c0f199
+# %% ../nbs/03_train.ipynb #bdb8e571
 import json
 import math
 import time
@@ -25,10 +25,10 @@ from .augment import Augment, AugmentConfig
 from .data import SliceData, SliceDataset, make_loader, open_data
 from .files import ConfigError, whole_file
 from .metrics import Confusion, dice, mean_organs, pixel_accuracy
-from .model import Card, SegLoss, as_input, build_model, save_checkpoint
+from .model import Card, SegLoss, as_input, build_model, file_sha256, save_checkpoint
 from .organs import ORGANS
 
-# %% ../nbs/03_train.ipynb #060d7eb7
+# %% ../nbs/03_train.ipynb #36d15d38
 @dataclass(frozen=True)
 class FitConfig:
     "Settings of a training run."
@@ -45,6 +45,12 @@ class FitConfig:
     workers: int = 16  # loader processes, at most one for each core
     validate_on: Literal["valid", "train"] = "valid"  # "train" overfits on purpose: a test of the pipeline
     seed: int = 0  # of weights, order and augmentation
+
+    def __post_init__(self):
+        if self.size < 32 or self.size % 32:
+            raise ConfigError(f"size {self.size} is not a multiple of 32; the network halves its picture five times.")
+        if min(self.batch_size, self.accumulation, self.epochs) < 1 or self.lr <= 0 or min(self.workers, self.seed) < 0:
+            raise ConfigError("batch_size, accumulation, epochs and lr are positive; workers and seed are not negative.")
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def valid_epoch(
         confusion.update(logits.argmax(1), masks)
     return float(total) / len(loader.dataset), confusion.matrix()
 
-# %% ../nbs/03_train.ipynb #9007d334
+# %% ../nbs/03_train.ipynb #7eeed1e1
 @dataclass(frozen=True)
 class Run:
     "A training run's folder."
@@ -150,39 +156,43 @@ class Run:
         return self.history.loc[self.history.valid_dice.idxmax()]
 
 
+def _last(out):
+    "Where a run keeps the state to resume from."
+    return Path(out) / "last" / "state.pt"
+
+
 def _begin(out, settings):
-    "Writes the settings, or checks that the run in the folder was begun with the same."
+    "Writes the settings, or checks that the run that can be resumed was begun with the same."
     begun = out / "config.json"
-    if begun.exists():
+    if _last(out).exists():
         before = json.loads(begun.read_text())
-        for key in settings:
+        for key in settings.keys() - {"workers"}:  # a run gives the same numbers with any number of them
             if before.get(key) != settings[key]:
                 raise ConfigError(f"{out} holds a run with {key} = {before.get(key)!r}, not {settings[key]!r}:"
                                   " go on with the same settings or choose another folder.")
     with whole_file(begun) as part:
         part.write_text(json.dumps(settings, indent=2))
 
-# %% ../nbs/03_train.ipynb #55221090
+# %% ../nbs/03_train.ipynb #ae1fcd04
 def _save_last(out, epoch, model, optimizer, scheduler, history, accelerator):
     state = {
         "epoch": epoch, "model": accelerator.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(), "history": history,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }  # fmt: skip
-    with whole_file(out / "last" / "state.pt") as part:
+    with whole_file(_last(out)) as part:
         torch.save(state, part)
 
 
 def _load_last(out, model, optimizer, scheduler, accelerator):
     "Puts the saved state back; the number of epochs done and their history."
-    path = out / "last" / "state.pt"
-    if not path.exists():
+    if not _last(out).exists():
         return 0, []
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(_last(out), map_location="cpu", weights_only=True)
     accelerator.unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"]:
+    if state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["epoch"], state["history"]
 
@@ -241,7 +251,7 @@ def fit(
     bar.close()
     return Run(out, out / config.checkpoint, pd.DataFrame(history))
 
-# %% ../nbs/03_train.ipynb #7a55f847
+# %% ../nbs/03_train.ipynb #53925a92
 def _keep(out, model, data, config, row, history):
     "Writes history.csv, and the checkpoint if the epoch is the best so far."
     with whole_file(out / "history.csv") as part:
@@ -263,5 +273,6 @@ def train(
     data = open_data(data)
     data.part(config.validate_on)
     torch.manual_seed(config.seed)
-    model = build_model(encoder_weights=config.encoder_weights)
-    return fit(model, data, out, config, begin_with=config.encoder_weights)
+    weights = config.encoder_weights
+    model = build_model(encoder_weights="none" if _last(out).exists() else weights)  # a resumed run brings its own
+    return fit(model, data, out, config, begin_with=file_sha256(weights) if Path(weights).is_file() else weights)

@@ -119,3 +119,21 @@ def test_opencv_needs_no_display_library():
 
     gui = next(line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI"))
     assert "NONE" in gui, "opencv-python has replaced opencv-python-headless; see the installation notes"
+
+
+def test_settings_that_cannot_be(world, tmp_path):
+    refused(rsna_seg("train", tmp_path, tmp_path / "run", "--size", 100), "multiple of 32")
+    refused(rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--valid", 1), "below 1")
+    refused(rsna_seg("predict", world / "good.pth", world / "kaggle" / "train_images", tmp_path / "out"), "more than one series")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_slice_is_named(world, tmp_path):
+    "Also when a loader process meets it, and a missing one before the first epoch."
+    few = ["--size", 64, "--batch-size", 4, "--epochs", 1, "--encoder-weights", "none"]
+    assert rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--size", 64).returncode == 0
+    image = sorted((tmp_path / "data" / "images").iterdir())[3]
+    image.write_bytes(image.read_bytes()[:50])
+    refused(rsna_seg("train", tmp_path / "data", tmp_path / "run", *few), image.name, "cannot be read")
+    image.unlink()
+    refused(rsna_seg("train", tmp_path / "data", tmp_path / "run", *few), image.name, "missing")

@@ -58,14 +58,16 @@ def test_killed_prepare_continues(kaggle, tmp_path):
 def test_killed_training_continues_bit_for_bit(kaggle, tmp_path):
     prepare(kaggle, tmp_path / "data", config=PrepareConfig(size=64, jobs=1))
     assert start(TRAIN, tmp_path / "data", tmp_path / "whole").wait() == 0
-    state = tmp_path / "killed" / "last" / "state.pt"
-    kill_when(start(TRAIN, tmp_path / "data", tmp_path / "killed"), state.exists)
+    last = {run: tmp_path / run / "last" / "state.pt" for run in ("whole", "killed")}
+    kill_when(start(TRAIN, tmp_path / "data", tmp_path / "killed"), last["killed"].exists)
+    assert torch.load(last["killed"], weights_only=True)["epoch"] < 3
     assert start(TRAIN, tmp_path / "data", tmp_path / "killed").wait() == 0
-    undisturbed, resumed = (
-        torch.load(tmp_path / run / "best_model_512.pth", weights_only=True) for run in ("whole", "killed")
-    )
-    assert undisturbed.keys() == resumed.keys()
-    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+    whole, killed = (torch.load(last[run], weights_only=True) for run in ("whole", "killed"))
+    assert whole["epoch"] == killed["epoch"] == 3
+    assert all(torch.equal(whole["model"][key], killed["model"][key]) for key in whole["model"])
+    for one, other in zip(whole["optimizer"]["state"].values(), killed["optimizer"]["state"].values()):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+    assert (tmp_path / "whole" / "best_model_512.pth").read_bytes() == (tmp_path / "killed" / "best_model_512.pth").read_bytes()
 
 
 def test_the_package_needs_no_development_tools():
