@@ -216,7 +216,7 @@ def _loaders(data, config):
     settings = {"batch_size": config.batch_size, "workers": config.workers}
     return make_loader(train, shuffle=True, seed=config.seed, **settings), make_loader(valid, **settings)
 
-# %% ../nbs/03_train.ipynb #8a5ab17e
+# %% ../nbs/03_train.ipynb #33739903
 def fit(
     model: nn.Module,  # with the weights to start from
     data: SliceData,
@@ -237,18 +237,18 @@ def fit(
     model, optimizer, train_loader, valid_loader = accelerator.prepare(model, optimizer, *loaders)
     done, history = _load_last(out, model, optimizer, scheduler, accelerator)
     criterion = SegLoss(config.dice, config.focal)
-    bar = tqdm(total=config.epochs * len(shares), initial=done * len(shares), desc="train", unit="batch")
-    for epoch in range(done, config.epochs):
-        shuffled.epoch, lr, start = epoch, scheduler.get_last_lr()[0], time.perf_counter()
-        train = train_epoch(
-            accelerator, model, train_loader, criterion, optimizer, scheduler, shares, config.accumulation, bar)
-        seconds = time.perf_counter() - start
-        row = _row(epoch + 1, lr, train, valid_epoch(model, valid_loader, criterion), seconds, len(shuffled))
-        bar.set_postfix(epoch=epoch + 1, loss=f"{train[0]:.3f}", dice=f"{row['valid_dice']:.3f}")
-        _keep(out, accelerator.unwrap_model(model), data, config, row, history)
-        history.append(row)
-        _save_last(out, epoch + 1, model, optimizer, scheduler, history, accelerator)
-    bar.close()
+    total = config.epochs * len(shares)
+    with tqdm(total=total, initial=done * len(shares), desc="train", unit="batch") as bar:
+        for epoch in range(done, config.epochs):
+            shuffled.epoch, lr, start = epoch, scheduler.get_last_lr()[0], time.perf_counter()
+            train = train_epoch(
+                accelerator, model, train_loader, criterion, optimizer, scheduler, shares, config.accumulation, bar)
+            seconds = time.perf_counter() - start
+            row = _row(epoch + 1, lr, train, valid_epoch(model, valid_loader, criterion), seconds, len(shuffled))
+            bar.set_postfix(epoch=epoch + 1, loss=f"{train[0]:.3f}", dice=f"{row['valid_dice']:.3f}")
+            _keep(out, accelerator.unwrap_model(model), data, config, row, history)
+            history.append(row)
+            _save_last(out, epoch + 1, model, optimizer, scheduler, history, accelerator)
     return Run(out, out / config.checkpoint, pd.DataFrame(history))
 
 # %% ../nbs/03_train.ipynb #53925a92

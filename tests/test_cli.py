@@ -122,8 +122,12 @@ def test_opencv_needs_no_display_library():
 
 
 def test_settings_that_cannot_be(world, tmp_path):
-    refused(rsna_seg("train", tmp_path, tmp_path / "run", "--size", 100), "multiple of 32")
-    refused(rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--valid", 1), "below 1")
+    for done, says in (
+        (rsna_seg("train", tmp_path, tmp_path / "run", "--size", 100), "size 100 is not a multiple of 32"),
+        (rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--valid", 1), "valid is at least 0 and below 1"),
+    ):
+        said = " ".join(done.stderr.replace("│", " ").split())  # drawn in a box, as for a wrong flag
+        assert done.returncode == 2 and says in said and "Traceback" not in said, done.stderr
     refused(rsna_seg("predict", world / "good.pth", world / "kaggle" / "train_images", tmp_path / "out"), "more than one series")
     assert list(tmp_path.iterdir()) == []
 
