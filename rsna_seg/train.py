@@ -142,7 +142,7 @@ def valid_epoch(
         confusion.update(logits.argmax(1), masks)
     return float(total) / len(loader.dataset), confusion.matrix()
 
-# %% ../nbs/03_train.ipynb #7eeed1e1
+# %% ../nbs/03_train.ipynb #f0eead33
 @dataclass(frozen=True)
 class Run:
     "A training run's folder."
@@ -166,8 +166,8 @@ def _begin(out, settings):
     begun = out / "config.json"
     if _last(out).exists():
         before = json.loads(begun.read_text())
-        for key in settings.keys() - {"workers"}:  # a run gives the same numbers with any number of them
-            if before.get(key) != settings[key]:
+        for key in settings:
+            if key != "workers" and before.get(key) != settings[key]:  # any number of workers gives the same run
                 raise ConfigError(f"{out} holds a run with {key} = {before.get(key)!r}, not {settings[key]!r}:"
                                   " go on with the same settings or choose another folder.")
     with whole_file(begun) as part:
