@@ -11,10 +11,12 @@ from importlib import import_module
 
 from .files import RsnaSegError
 
-# %% ../nbs/16_cli.ipynb #b6ce1cf0
+# %% ../nbs/16_cli.ipynb #c88945c4
 COMMANDS = {
     "demo": "the whole path on synthetic patients in a few minutes: no data, no GPU, no network",
-    "prepare": "from CT with masks (DICOM, NIfTI) to a dataset folder of PNG slices, split by patient",
+    "fetch": "from Kaggle's 500 GB only the series with masks",
+    "prepare": "from CT with masks (DICOM, NIfTI, PNG) to a dataset folder of PNG slices, split by patient",
+    "inspect": "look a dataset folder over: volumes, sides, fit, damage; writes a page",
     "train": "the first training, from ImageNet weights",
     "finetune": "go on from a checkpoint at a low learning rate",
     "evaluate": "score a checkpoint on a dataset folder and write a report",
@@ -31,11 +33,11 @@ def usage():
         "For research and teaching; not a medical device.",
     ])  # fmt: skip
 
-# %% ../nbs/16_cli.ipynb #739e537f
+# %% ../nbs/16_cli.ipynb #63c0fa44
 def _run(name, arguments):
     commands = import_module("rsna_seg.commands")
     try:
-        commands.parse(name, arguments).run()
+        sys.exit(commands.parse(name, arguments).run() or 0)
     except RsnaSegError as error:
         sys.exit(_complain(name, _sentence(error)))
     except OSError as error:
@@ -43,7 +45,7 @@ def _run(name, arguments):
             raise
         sys.exit(_complain(name, f"{error.filename or 'writing'}: {error.strerror}."))
     except KeyboardInterrupt:
-        goes_on = name in ("prepare", "train", "finetune")
+        goes_on = name in ("fetch", "prepare", "train", "finetune")
         _complain(name, "interrupted; give the same command again to go on." if goes_on else "interrupted.")
         sys.exit(130)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'demo']
 
-# %% ../nbs/19_demo.ipynb #686e5a7a
+# %% ../nbs/19_demo.ipynb #13f9ca83
 import json
 import time
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .augment import AugmentConfig
-from .data import PrepareConfig, find_cases, prepare
+from .data import PrepareConfig, prepare
 from .evaluate import evaluate, write_evaluation
 from .files import ConfigError, DataError, whole_file
 from .finetune import FinetuneConfig, finetune
@@ -25,6 +25,7 @@ from .organs import ORGANS
 from .phantom import write_kaggle
 from .predict import Predictor, save_segmentation
 from .scan import read_mask
+from .sources import find_source
 from .train import TrainConfig, train
 
 # %% ../nbs/19_demo.ipynb #6eaf6487
@@ -72,14 +73,14 @@ def _encoder_weights():
         print("The ImageNet weights cannot be downloaded: the demo starts from random weights.")
         return "none"
 
-# %% ../nbs/19_demo.ipynb #28f39db5
+# %% ../nbs/19_demo.ipynb #c950375a
 def _predict_unseen(kaggle, checkpoint, out):
     "Dice of each organ for each scan; NaN where the patient does not have the organ."
     predictor, scores = Predictor(checkpoint), {}
-    for case in find_cases(kaggle):
+    for case in find_source(kaggle).cases:
         result = predictor(case.scan)
         save_segmentation(result, out / case.series)
-        scores[case.series] = volume_dice(result.mask, read_mask(case.mask, result.scan))
+        scores[case.series] = volume_dice(result.mask, read_mask(case.masks[0], result.scan))
     return pd.DataFrame.from_dict(scores, orient="index")
 
 

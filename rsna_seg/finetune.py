@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['FinetuneConfig', 'finetune']
 
-# %% ../nbs/04_finetune.ipynb #2bec48f3
+# %% ../nbs/04_finetune.ipynb #47062b90
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .data import open_data
 from .model import file_sha256, load_checkpoint
-from .train import FitConfig, Run, fit
+from .train import FitConfig, Run, fit, open_for_training
 
 # %% ../nbs/04_finetune.ipynb #2c982203
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class FinetuneConfig(FitConfig):
         "File name of the best checkpoint."
         return "best_mobilenet_rsna_refined.pth"
 
-# %% ../nbs/04_finetune.ipynb #0dab1064
+# %% ../nbs/04_finetune.ipynb #f2eedb48
 def finetune(
     checkpoint: str | Path,  # a state_dict of this network
     data: str | Path,  # a dataset folder, made by `prepare`
@@ -37,8 +36,7 @@ def finetune(
     config: FinetuneConfig = FinetuneConfig(),
 ) -> Run:
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
-    data = open_data(data)
-    data.part(config.validate_on)
+    data = open_for_training(data, config)
     torch.manual_seed(config.seed)
-    model, _ = load_checkpoint(checkpoint)
-    return fit(model, data, out, config, begin_with=file_sha256(checkpoint))
+    model, card = load_checkpoint(checkpoint)
+    return fit(model, data, out, config, begin_with=file_sha256(checkpoint), taught=card.labelled)

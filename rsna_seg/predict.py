@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_square', 'Segmentation', 'save_segmentation', 'Predictor']
 
-# %% ../nbs/06_predict.ipynb #4e1b1d9d
+# %% ../nbs/06_predict.ipynb #cae54588
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from .files import whole_file
-from .model import as_input, load_checkpoint
+from .model import ALL_ORGANS, as_input, load_checkpoint, marginal_logits
 from .organs import CLASSES, ORGANS
 from .plots import preview, save_png
 from .scan import Scan, read_scan, save_nifti, to_square, window
@@ -35,7 +35,7 @@ def from_square(
     top, left = (side - rows) // 2, (side - cols) // 2
     return logits[..., top : top + rows, left : left + cols]
 
-# %% ../nbs/06_predict.ipynb #0eef182c
+# %% ../nbs/06_predict.ipynb #1d4b677e
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "The organs of a scan."
@@ -43,17 +43,26 @@ class Segmentation:
     scan: Scan
     level: float = 50.0  # HU in the middle of the window that the network saw
     width: float = 400.0
+    taught: list[str] = ALL_ORGANS  # keys of the organs that the network looked for
 
     @property
     def organs(self):
-        "Volume in millilitres, voxels and mean HU of each organ; NaN for the HU of an organ that was not found."
-        voxels, total = np.zeros((2, len(CLASSES)))
-        for plane, hu in zip(self.mask, self.scan.hu):  # slice by slice: a whole volume of weights would take gigabytes
-            voxels += np.bincount(plane.ravel(), minlength=len(CLASSES))
+        "Volume in millilitres, voxels and mean HU of each organ; all missing if it was not looked for, the HU if not found."
+        voxels, ml, total = np.zeros((3, len(CLASSES)))
+        for plane, hu, voxel_ml in zip(self.mask, self.scan.hu, self.scan.slice_ml):  # a volume of weights would take gigabytes
+            here = np.bincount(plane.ravel(), minlength=len(CLASSES))
+            voxels, ml = voxels + here, ml + here * voxel_ml
             total += np.bincount(plane.ravel(), weights=hu.ravel(), minlength=len(CLASSES))
-        rows = [{"organ": o.key, "ml": voxels[o.id] * self.scan.voxel_ml, "voxels": int(voxels[o.id]),
+        rows = [{"organ": o.key, "ml": ml[o.id], "voxels": int(voxels[o.id]),
                  "mean_hu": total[o.id] / voxels[o.id] if voxels[o.id] else np.nan} for o in ORGANS]
-        return pd.DataFrame(rows).set_index("organ")
+        table = pd.DataFrame(rows).set_index("organ").astype({"voxels": "Int64"})
+        return table[table.index.isin(self.taught)].reindex(table.index)
+
+    @property
+    def notes(self):
+        "Sentences: what is unusual about the scan, and which organs were not looked for."
+        others = [o.name.lower() for o in ORGANS if o.key not in self.taught]
+        return [*self.scan.notes, *([f"Not looked for, since the network was never taught them: {', '.join(others)}."] if others else [])]
 
     def figure(self):
         "Three planes and a mosaic of slices with the organs in colour."
@@ -62,7 +71,7 @@ class Segmentation:
     def _repr_mimebundle_(self, include=None, exclude=None):
         return self.figure()._repr_mimebundle_()
 
-# %% ../nbs/06_predict.ipynb #d3fb58ca
+# %% ../nbs/06_predict.ipynb #6a34facb
 def save_segmentation(
     result: Segmentation,
     out: str | Path,  # a folder
@@ -74,11 +83,11 @@ def save_segmentation(
         organs.round(3).to_csv(part)
     with whole_file(out / "volumes.json") as part:
         rows = organs.round(3).astype(object).where(organs.notna(), None).to_dict(orient="index")
-        part.write_text(json.dumps({"scan": result.scan.name, "organs": rows}, indent=2))
+        part.write_text(json.dumps({"scan": result.scan.name, "organs": rows, "notes": result.notes}, indent=2))
     save_png(result.figure(), out / "preview.png", dpi=160)
     return out / "organs.nii.gz"
 
-# %% ../nbs/06_predict.ipynb #86d16e26
+# %% ../nbs/06_predict.ipynb #741e1bf6
 class Predictor:
     "Segments scans with a checkpoint."
 
@@ -97,7 +106,8 @@ class Predictor:
         card, shape = self.card, planes.shape[1:]
         squares = np.stack([to_square(grey, card.size) for grey in window(planes, card.level, card.width)])
         logits = self.model(as_input(torch.from_numpy(squares).to(self.device)))
-        return from_square(logits, *shape).argmax(1).to(torch.uint8).cpu().numpy()
+        logits = marginal_logits(from_square(logits, *shape), card.labelled)
+        return logits.argmax(1).to(torch.uint8).cpu().numpy()
 
     def __call__(
         self,
@@ -107,4 +117,4 @@ class Predictor:
         scan = scan if isinstance(scan, Scan) else read_scan(scan)
         starts = tqdm(range(0, len(scan.hu), self.batch_size), desc="predict", unit="batch")
         mask = np.concatenate([self._classes(scan.hu[i : i + self.batch_size]) for i in starts])
-        return Segmentation(mask, scan, self.card.level, self.card.width)
+        return Segmentation(mask, scan, self.card.level, self.card.width, self.card.labelled)

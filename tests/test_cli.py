@@ -73,7 +73,7 @@ def test_sources_that_are_no_data(world, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "letters"]
 
 
-@pytest.mark.parametrize("mask, says", [("short.nii", "voxels"), ("seven.nii", "label 7"), ("absent.nii", "does not exist")])
+@pytest.mark.parametrize("mask, says", [("short.nii", "voxels"), ("seven.nii", "value 7"), ("absent.nii", "does not exist")])
 def test_masks_that_do_not_fit(world, tmp_path, mask, says):
     done = rsna_seg("prepare", world / "ct.nii", tmp_path / "data", "--mask", world / mask, "--valid", 0)
     refused(done, mask, says)

@@ -1,0 +1,62 @@
+"What the benchmarks share: named ways to do one work, timed in turn, as a table and as JSON."
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from rsna_seg.files import whole_file
+
+
+def arguments(question):
+    "The words that every benchmark understands."
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--quick", action="store_true", help="the same work per round, fewer rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    return parser.parse_args()
+
+
+def machine():
+    "Processor, cores and memory."
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": platform.platform()}
+
+
+def speeds(ways, work, unit, rounds):
+    "`work` per second of each way, all of them once in each round after one round that does not count."
+    seconds = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: summary([work / s for s in taken], unit) for name, taken in seconds.items()}
+
+
+def summary(values, unit):
+    "Median and spread of some rounds."
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "unit": unit}
+
+
+def report(question, results, ratios, packages, rounds, file=None):
+    "Prints the results as a table, and writes them as JSON."
+    table = pd.DataFrame(results).T
+    for column in ("median", "min", "max"):
+        table[column] = [f"{value:.3g}" for value in table[column]]
+    print(question, table.to_string(), "", *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()), sep="\n")
+    if file:
+        versions = {name: version(name) for name in packages}
+        everything = {"question": question, "machine": machine(), "versions": versions, "rounds": rounds, "results": results, "ratios": ratios}
+        with whole_file(file) as part:
+            part.write_text(json.dumps(everything, indent=2))
