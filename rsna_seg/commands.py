@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Demo', 'Fetch', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate', 'Predict', 'parse']
 
-# %% ../nbs/18_commands.ipynb #5eecd535
+# %% ../nbs/18_commands.ipynb #04665352
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,14 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from .data import PrepareConfig, prepare
 from .demo import DemoConfig, demo
 from .evaluate import evaluate, write_evaluation
-from .fetch import FetchConfig, fetch
+from .fetch import MASKED_SERIES, FetchConfig, fetch
 from .finetune import FinetuneConfig, finetune
 from .plots import save_png, training_curves
 from .predict import Predictor, save_segmentation
 from .quality import inspect_data, write_quality
 from .train import TrainConfig, train
 
-# %% ../nbs/18_commands.ipynb #17ddeba6
+# %% ../nbs/18_commands.ipynb #762e9394
 @dataclass(frozen=True)
 class Demo:
     "Synthetic patients, prepared, trained on, judged and predicted."
@@ -37,15 +37,19 @@ class Demo:
 
 @dataclass(frozen=True)
 class Fetch:
-    "From Kaggle only the series with masks, about 23 of 500 GB, each file checked. An interrupted run goes on."
+    "The 206 series with masks, and nothing else, from Kaggle. An interrupted run goes on."
 
-    dest: Annotated[Positional[Path], arg(metavar="DEST")]  # the folder to fill, the source for `rsna_seg prepare`
+    dest: Annotated[Positional[Path], arg(metavar="DEST")]  # the folder to fill; `rsna_seg prepare` reads it
     config: OmitArgPrefixes[FetchConfig] = field(default_factory=FetchConfig)
 
     def run(self):
-        series = fetch(self.dest, self.config)
-        print(f"{self.dest}: {len(series)} series, {series.slices.sum()} slices, {series.megabytes.sum() / 1000:.1f} GB;"
-              f" next: rsna_seg prepare {self.dest} DATA")
+        table = fetch(self.dest, self.config)
+        print(f"{self.dest}: {len(table)} series with masks of {table.patient.nunique()} patients, {table.slices.sum()} slices")
+        short = not self.config.series and len(table) < MASKED_SERIES
+        if short:
+            print(f"Kaggle has {MASKED_SERIES} series with masks: delete {self.dest / '.fetch'} and give the command again"
+                  " to ask for the others anew.", file=sys.stderr)
+        return int(short)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Finetune:
     def run(self):
         _tell(finetune(self.checkpoint, self.data, self.out, self.config))
 
-# %% ../nbs/18_commands.ipynb #6f961df6
+# %% ../nbs/18_commands.ipynb #c8bf44e3
 @dataclass(frozen=True)
 class Evaluate:
     "Score a checkpoint on a dataset folder and write a report."
@@ -142,7 +146,7 @@ class Predict:
     def run(self):
         result = Predictor(self.checkpoint, self.device, self.batch_size)(self.scan)
         path = save_segmentation(result, self.out)
-        print(result.organs.round(1).to_string(), *result.scan.notes, f"mask: {path}", sep="\n")
+        print(result.organs.round(1).to_string(), *result.notes, f"mask: {path}", sep="\n")
 
 # %% ../nbs/18_commands.ipynb #b48be2ee
 _COMMANDS = {"demo": Demo, "fetch": Fetch, "prepare": Prepare, "inspect": Inspect, "train": Train, "finetune": Finetune,

@@ -42,7 +42,7 @@ class Grid:
         "Where the source's axes run to, as three letters: `LPS` is left, posterior, superior."
         return "".join(nib.aff2axcodes(self.affine))
 
-# %% ../nbs/11_scan.ipynb #2bd1813b
+# %% ../nbs/11_scan.ipynb #24ef0415
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS and LPS millimetres, both ways
 _AXES = ("S", "P", "L")  # where z, rows and columns run to
 
@@ -71,11 +71,6 @@ class Scan:
     def slice_ml(self):
         "Volume of one voxel in each slice in millilitres, (z,)."
         return self.slice_mm * self.spacing[1] * self.spacing[2] / 1000
-
-    @property
-    def voxel_ml(self):
-        "Mean volume of one voxel in millilitres."
-        return float(self.slice_ml.mean())
 
     @property
     def tilt_deg(self):
