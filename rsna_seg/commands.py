@@ -114,7 +114,7 @@ class Finetune:
     def run(self):
         _tell(finetune(self.checkpoint, self.data, self.out, self.config))
 
-# %% ../nbs/18_commands.ipynb #c8bf44e3
+# %% ../nbs/18_commands.ipynb #bce0372a
 @dataclass(frozen=True)
 class Evaluate:
     "Score a checkpoint on a dataset folder and write a report."
@@ -123,12 +123,13 @@ class Evaluate:
     data: Annotated[Positional[Path], arg(metavar="DATA")]  # a dataset folder, made by `rsna_seg prepare`
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # the report's folder
     split: Literal["valid", "train"] = "valid"  # which slices
+    fold: int | None = None  # of the manifest, to be the validation part; the split if not given
     batch_size: int = 16  # slices at once
     workers: int = 16  # loader processes, at most one for each core
     device: str | None = None  # cuda or cpu; the GPU if there is one
 
     def run(self):
-        result = evaluate(self.checkpoint, self.data, self.split, self.batch_size, self.workers, self.device)
+        result = evaluate(self.checkpoint, self.data, self.split, self.batch_size, self.workers, self.device, self.fold)
         report = write_evaluation(result, self.data, self.out)
         print(result.table.round(4).to_string(), f"report: {report}", sep="\n")
 

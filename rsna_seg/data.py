@@ -198,7 +198,7 @@ class SliceData:
             table[f"slices with {organ.name.lower()}"] = (self.manifest[organ.key] > 0).groupby(self.manifest.split).sum()
         return table.to_html()
 
-# %% ../nbs/00_data.ipynb #823a5138
+# %% ../nbs/00_data.ipynb #7a937986
 def _read_folder(folder):
     "The dataset folder as it stands; raises `DataError` if it is unfinished or its tables are damaged."
     if folder.name.endswith(".unfinished") or not (folder / "dataset.json").exists():
@@ -223,6 +223,10 @@ def open_data(
     missing = [name for name in (*data.manifest["image"], *data.manifest["mask"].dropna()) if name not in there]
     if missing:
         raise DataError(f"{data.folder / missing[0]} is missing, one of {len(missing)}; the same rsna_seg prepare again repairs it.")
+    stray = [o.key for o in ORGANS if o.key not in data.info["labelled"] and (data.manifest[o.key] > 0).any()]
+    if stray:
+        raise DataError(f"{data.folder} shows {stray[0]} in its masks, but dataset.json does not name it as labelled;"
+                        " prepare it again with the right --labelled.")
     if fold is not None:
         folds = sorted(set(data.manifest.fold) - {-1})
         if fold not in folds:
@@ -271,7 +275,7 @@ def _reopen(data, folder, settings, broken):
     (data.folder / "settings.json").write_text(json.dumps(settings))
     os.replace(data.folder, folder)
 
-# %% ../nbs/00_data.ipynb #75363e56
+# %% ../nbs/00_data.ipynb #ee40278e
 def _write_cases(source, folder, config):
     "Writes what is not yet written, side by side; the rows of skipped.csv."
     todo = [c for c in source.cases if not _part(folder, c).exists()]
@@ -287,6 +291,22 @@ def _write_cases(source, folder, config):
         others = f" None of the {len(skipped)} series can be read." if len(skipped) > 1 else ""
         raise DataError(skipped[0][-1] + others)
     return skipped
+
+
+def _look_at(source, mask, config, folder, settings):
+    "The source recognised, a zip file after unpacking it into the unfinished folder; raises `DataError`."
+    fresh, packed = not folder.exists(), source.is_file() and zipfile.is_zipfile(source)
+    try:
+        if packed:
+            _begin(folder, settings)
+            source = unpack(source, folder / "unpacked", config.all_series)
+        found = find_source(source, mask, config)
+        check_patients([c.patient for c in found.cases], config.valid)
+    except DataError:
+        if packed and fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return found
 
 
 def prepare(
@@ -308,14 +328,9 @@ def prepare(
             return open_data(dest)
         with writing(dest):
             _reopen(data, folder, settings, broken)
-    packed = source.is_file() and zipfile.is_zipfile(source)
-    if packed:
-        _begin(folder, settings)
-        source = unpack(source, folder / "unpacked", config.all_series)
-    found = find_source(source, mask, config)
-    check_patients([c.patient for c in found.cases], config.valid)
-    _begin(folder, settings)
     try:
+        found = _look_at(source, mask, config, folder, settings)
+        _begin(folder, settings)
         skipped = _write_cases(found, folder, config)
         with writing(folder):
             _finish(folder, found, settings, skipped)

@@ -35,7 +35,7 @@ def from_square(
     top, left = (side - rows) // 2, (side - cols) // 2
     return logits[..., top : top + rows, left : left + cols]
 
-# %% ../nbs/06_predict.ipynb #1d4b677e
+# %% ../nbs/06_predict.ipynb #5c162f17
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "The organs of a scan."
@@ -49,7 +49,8 @@ class Segmentation:
     def organs(self):
         "Volume in millilitres, voxels and mean HU of each organ; all missing if it was not looked for, the HU if not found."
         voxels, ml, total = np.zeros((3, len(CLASSES)))
-        for plane, hu, voxel_ml in zip(self.mask, self.scan.hu, self.scan.slice_ml):  # a volume of weights would take gigabytes
+        slices = zip(self.mask, self.scan.hu, self.scan.slice_ml)
+        for plane, hu, voxel_ml in slices:  # one by one: weights for a whole volume would take gigabytes
             here = np.bincount(plane.ravel(), minlength=len(CLASSES))
             voxels, ml = voxels + here, ml + here * voxel_ml
             total += np.bincount(plane.ravel(), weights=hu.ravel(), minlength=len(CLASSES))

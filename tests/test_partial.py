@@ -135,7 +135,7 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
         bowel[name] = evaluate(run.checkpoint, world / "torso", "train", workers=0).table.Dice["Bowel"]
         assert run.history.valid_dice_bowel.isna().all() and run.best.valid_dice > 0
     print(share, bowel)
-    assert share["three"] > share["start"] / 4
+    assert share["three"] > share["start"] / 10
     assert share["three"] > 3 * share["five"]
     assert bowel["three"] > 1.5 * bowel["five"]
 
