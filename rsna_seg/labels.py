@@ -70,7 +70,7 @@ class LabelMap:
     def _by_words(self):
         return {_words(name): organ for name, organ in self.names.items()}
 
-# %% ../nbs/21_labels.ipynb #76efaebd
+# %% ../nbs/21_labels.ipynb #b47c5aca
 def _look_up(labels, values):
     "Classes of whole numbers, uint8 of the same shape; 255 for those without a meaning."
     if max(labels.ids) > _LAST_ID:
@@ -83,6 +83,9 @@ def _look_up(labels, values):
         values = values.astype(np.uint8)
     elif values.dtype not in (np.uint8, np.uint16) and values.size and (values.min() < 0 or values.max() > last):
         values = np.where((values < 0) | (values > last), last, values)
+    if values.dtype == np.uint8 and (values.flags.c_contiguous or values.flags.f_contiguous):  # most masks: ten times faster
+        order = "C" if values.flags.c_contiguous else "F"
+        return cv2.LUT(values.ravel(order), labels._table[:256]).reshape(values.shape, order=order)
     return labels._table[values]
 
 
@@ -96,7 +99,7 @@ def _unknown(labels, values, wrong, path, start=None):
     return (f"{path} has the value {show(value)} at {count} {what if count == 1 else what + 's'}, first at {_first(wrong, start)}{more};"
             f" the {labels.title} knows {known}")
 
-# %% ../nbs/21_labels.ipynb #c52a07f9
+# %% ../nbs/21_labels.ipynb #8b95306c
 def to_classes(
     self: LabelMap,
     values: np.ndarray,  # numbers of the file, any type and shape
@@ -113,8 +116,8 @@ def to_classes(
                             f" {np.count_nonzero(broken)} that are no whole numbers: it was probably resampled with"
                             " interpolation; resample the original mask with nearest neighbour.")
     classes = _look_up(self, whole)
-    if (wrong := classes == _UNKNOWN).any():
-        raise DataError(f"{_unknown(self, whole, wrong, path, start)}; give the label map of its source:"
+    if classes.max(initial=0) == _UNKNOWN:
+        raise DataError(f"{_unknown(self, whole, classes == _UNKNOWN, path, start)}; give the label map of its source:"
                         " --labels NAME or FILE.json.")
     return classes
 

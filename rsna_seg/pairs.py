@@ -18,7 +18,7 @@ from .organs import CLASSES, ORGANS
 from .scan import to_square
 from .sources import PngCase, ScanCase, case_name
 
-# %% ../nbs/23_pairs.ipynb #839b52e5
+# %% ../nbs/23_pairs.ipynb #3e2ceaa7
 def _write_png(path, pixels):
     data = cv2.imencode(".png", pixels)[1].tobytes()
     with writing(path):
@@ -33,9 +33,9 @@ def _write_plane(plane, case, folder, size, shown):
     row = {"image": f"images/{name}", "mask": None, "patient": case.patient, "series": case.series, "z": plane.z}
     pixels = {o.key: None for o in ORGANS}
     if plane.classes is not None:
-        classes = to_square(shown[plane.classes], size, mask=True)
+        classes = to_square(cv2.LUT(plane.classes, shown), size, mask=True)
         data += _write_png(folder / "masks" / name, classes)
-        counts = np.bincount(classes.ravel(), minlength=len(CLASSES))
+        counts = cv2.calcHist([classes], [0], None, [len(CLASSES)], [0, len(CLASSES)]).ravel()
         row["mask"] = f"masks/{name}"
         pixels = {o.key: int(counts[o.id]) if shown[o.id] else None for o in ORGANS}
     shrink = max(plane.grey.shape) / size
@@ -46,7 +46,7 @@ def _write_plane(plane, case, folder, size, shown):
         "incomplete": case.incomplete, "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
 
-# %% ../nbs/23_pairs.ipynb #54762dbc
+# %% ../nbs/23_pairs.ipynb #f1d523d9
 def write_case(
     case: ScanCase | PngCase,
     folder: Path,  # with images/, masks/ and parts/ in it
@@ -57,7 +57,7 @@ def write_case(
 ) -> str:  # why the case was left out; empty if it is written
     "Writes a case's slices, then its part of the manifest; raises `OutputError` if the disk takes no more."
     cv2.setNumThreads(0)
-    shown = np.array([c.id if c.key in labelled else 0 for c in CLASSES], np.uint8)
+    shown = np.array([c.id if c.key in labelled else 0 for c in CLASSES] + [0] * (256 - len(CLASSES)), np.uint8)
     part, rows, notes = folder / "parts" / case_name(case), [], []
     try:
         for plane in case.planes(level, width, notes):

@@ -42,9 +42,9 @@ class Grid:
         "Where the source's axes run to, as three letters: `LPS` is left, posterior, superior."
         return "".join(nib.aff2axcodes(self.affine))
 
-# %% ../nbs/11_scan.ipynb #24ef0415
+# %% ../nbs/11_scan.ipynb #1ee58a9a
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS and LPS millimetres, both ways
-_AXES = ("S", "P", "L")  # where z, rows and columns run to
+_AXES = np.array([[0.0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])  # LPS directions of z, rows and columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,8 @@ class Scan:
     @property
     def slice_ml(self):
         "Volume of one voxel in each slice in millilitres, (z,)."
-        return self.slice_mm * self.spacing[1] * self.spacing[2] / 1000
+        pixel = np.linalg.norm(np.cross(self.affine[:3, 1], self.affine[:3, 2]))
+        return self.slice_mm * pixel / 1000
 
     @property
     def tilt_deg(self):
@@ -89,21 +90,29 @@ def _normal_step(affine):
     "Mean distance of two slices' planes, mm."
     return float(_normal(affine) @ affine[:3, 0])
 
-# %% ../nbs/11_scan.ipynb #233f41e3
-def _back(affine):
-    "What turns (z, row, col) into the order of a source with this affine to RAS mm."
-    return orient.ornt_transform(orient.axcodes2ornt(_AXES), orient.io_orientation(affine))
+# %% ../nbs/11_scan.ipynb #093d1d35
+def _axes_on(onto, affine):
+    "Along which of the axes of `onto`, 4x4 to LPS mm, the axes of a source run, and whether backwards."
+    directions = onto / np.linalg.norm(onto, axis=0)
+    directions[:, 3] = 0, 0, 0, 1
+    return orient.io_orientation(np.linalg.inv(directions) @ _LPS @ affine)
 
 
 def _turned(
     shape,  # voxels along the source's axes
     affine,  # 4x4: index in the source -> mm, RAS
     dtype,
+    onto=_AXES,  # 4x4: to LPS mm, whose axes the volume shall have
 ):  # an empty volume (z, row, col), a view of it in the source's order, its affine to LPS mm
     "A volume to be filled by way of the source's order."
-    change = orient.ornt_transform(orient.io_orientation(affine), orient.axcodes2ornt(_AXES))
-    volume = np.zeros([shape[int(axis)] for axis in np.argsort(change[:, 0])], dtype)
-    return volume, orient.apply_orientation(volume, _back(affine)), _LPS @ affine @ orient.inv_ornt_aff(change, shape)
+    axes = _axes_on(onto, affine)
+    volume = np.zeros([shape[int(axis)] for axis in np.argsort(axes[:, 0])], dtype)
+    return volume, _in_order(volume, axes), _LPS @ affine @ orient.inv_ornt_aff(axes, shape)
+
+
+def _in_order(volume, axes):
+    "A view of a volume (z, row, col) in the order of a source whose axes run so."
+    return orient.apply_orientation(volume, orient.ornt_transform([[0, 1], [1, 1], [2, 1]], axes))
 
 
 def _even_positions(affine, count):
@@ -132,7 +141,7 @@ def nifti_format(
         return None
     return _FORMATS.get(start[344:347]) or _FORMATS.get(start[4:7])
 
-# %% ../nbs/11_scan.ipynb #c5b9eeba
+# %% ../nbs/11_scan.ipynb #72ad0417
 _SLAB = 32  # slices read at once
 
 
@@ -162,7 +171,7 @@ def _converted(slab, convert, path, start, file):
         raise
 
 
-def _read_nifti(path, convert, dtype):
+def _read_nifti(path, convert, dtype, onto=_AXES):
     "A NIfTI's volume (z, row, col), converted slab by slab, its affine to LPS mm and its `Grid`; raises `ScanError`."
     form = nifti_format(path)
     if form is None:
@@ -171,7 +180,7 @@ def _read_nifti(path, convert, dtype):
         with _open(path) as file:
             image = form.from_stream(file)
             grid = _nifti_grid(image, path)
-            volume, there, affine = _turned(grid.shape, grid.affine, dtype)
+            volume, there, affine = _turned(grid.shape, grid.affine, dtype, onto)
             for k in range(0, grid.shape[2], _SLAB):
                 slab = np.asanyarray(image.dataobj[:, :, k : k + _SLAB]).reshape(there[:, :, k : k + _SLAB].shape)
                 there[:, :, k : k + _SLAB] = _converted(slab, convert, path, (0, 0, k), file)
@@ -182,14 +191,16 @@ def _read_nifti(path, convert, dtype):
         raise ScanError(f"{path} cannot be read as NIfTI ({error}); it may be damaged, copy it again.") from error
     return volume, affine, grid
 
-# %% ../nbs/11_scan.ipynb #e8e52e4f
+# %% ../nbs/11_scan.ipynb #6de45ade
 def _to_hu(values, path, start=None):
     "Rounded to whole HU within what int16 holds; raises `ScanError` for values that are no number."
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise ScanError(f"{path} holds NaN or infinite values; a CT volume has a finite HU at every voxel.")
         values = np.rint(values)
-    return values if values.dtype == np.int16 else np.clip(values, -32768, 32767).astype(np.int16)
+    if values.dtype != np.int16 and values.size and (values.min() < -32768 or values.max() > 32767):
+        values = np.clip(values, -32768, 32767)
+    return values.astype(np.int16, copy=False)
 
 
 def _nifti_scan(path):
@@ -197,7 +208,7 @@ def _nifti_scan(path):
     positions = _even_positions(affine, len(hu))
     return Scan(hu, affine, grid, positions, path.name.removesuffix(".gz").removesuffix(".nii"))
 
-# %% ../nbs/11_scan.ipynb #efe2a73c
+# %% ../nbs/11_scan.ipynb #0e757b49
 def _decode(dataset, path):
     "Pixel values as stored, (row, col); raises `ScanError`."
     if "PixelData" not in dataset:
@@ -212,9 +223,11 @@ def _decode(dataset, path):
 
 def _signed(words, dataset):
     "Words of `BitsStored` bits as the numbers they stand for, int32."
-    unused = 32 - dataset.BitsStored
     words = np.asarray(words).astype(np.int32)
-    return (words << unused) >> unused if dataset.PixelRepresentation == 1 else words
+    if dataset.PixelRepresentation == 0:
+        return words
+    unused = 32 - dataset.BitsStored
+    return (words << unused) >> unused
 
 
 def _is_padding(stored, dataset):
@@ -226,18 +239,17 @@ def _is_padding(stored, dataset):
     last = first if last is None else _signed(int(last) & 0xFFFF, dataset)
     return (stored >= min(first, last)) & (stored <= max(first, last))
 
-# %% ../nbs/11_scan.ipynb #659fce1b
+# %% ../nbs/11_scan.ipynb #bf782fa8
 def _slice_hu(path):
     "A slice's HU, int16, (row, col); raises `ScanError`."
     dataset = _read_file(path)
     slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
     stored = _signed(_decode(dataset, path), dataset)
-    whole = not (slope % 1 or intercept % 1)
-    hu = _to_hu(stored * int(slope) + int(intercept) if whole else stored * slope + intercept, path)
     padding = _is_padding(stored, dataset)
+    hu = _to_hu(stored + int(intercept) if slope == 1 and intercept % 1 == 0 else stored * slope + intercept, path)
     return hu if padding is None else np.where(padding, np.minimum(hu, np.int16(-1024)), hu)
 
-# %% ../nbs/11_scan.ipynb #f6ef9800
+# %% ../nbs/11_scan.ipynb #7d609209
 _PLACE = ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")
 _PIXELS = ("Rows", "Columns", "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation")
 _IDENTITY = ("SeriesInstanceUID", "SOPInstanceUID", "PatientID", "Modality", "ImageType", "DirectoryRecordSequence",
@@ -246,7 +258,7 @@ _HEADER = [*_PLACE, *_PIXELS, *_IDENTITY, "NumberOfFrames", "SpacingBetweenSlice
 
 
 def _check_slice(header, path):
-    "Raises `ScanError` unless the file is one grey CT slice with a place in the patient."
+    "The slice's rows, columns, pixel spacing, orientation and position as 13 numbers; raises `ScanError` unless it is grey CT."
     missing = [tag for tag in _PIXELS + _PLACE if header.get(tag) in (None, "")]
     if missing:
         raise ScanError(f"{path} lacks {', '.join(missing)}: without that, its values or their place are unknown.")
@@ -254,10 +266,11 @@ def _check_slice(header, path):
         raise ScanError(f"{path} holds several frames; export the series as one file a slice.")
     if header.SamplesPerPixel != 1 or header.PhotometricInterpretation != "MONOCHROME2":
         raise ScanError(f"{path} is not a grey CT slice but {header.PhotometricInterpretation}.")
-    place = np.concatenate([np.array(header[tag].value, float) for tag in _PLACE])
-    across, down = place[2:5], place[5:8]
-    if not np.isfinite(place).all() or min(place[:2]) <= 0 or abs(across @ down) > 1e-3 or np.linalg.norm(across) < 0.9:
+    place = np.array([header.Rows, header.Columns, *(v for tag in _PLACE for v in header[tag].value)], float)
+    across, down = place[4:7], place[7:10]
+    if len(place) != 13 or not np.isfinite(place).all() or min(place[2:4]) <= 0 or abs(across @ down) > 1e-3 or across @ across < 0.9:
         raise ScanError(f"{path} has a PixelSpacing or ImageOrientationPatient that cannot be; export the series again.")
+    return place
 
 # %% ../nbs/11_scan.ipynb #73e23e6f
 def _read_file(path, **how):
@@ -317,22 +330,22 @@ def _one_series(folder):
         raise ScanError(f"{folder} holds more than one series ({first} and {other}); give the folder of one.")
     return next(iter(series.values())), notes
 
-# %% ../nbs/11_scan.ipynb #00ae3d7f
-def _check_series(slices):
-    "Raises `ScanError` unless all slices have one size, spacing and direction; slices are in order of position."
-    (first, one), *others = slices
-    for path, header in others:
-        for tag in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
-            if not np.allclose(np.array(header[tag].value, float), np.array(one[tag].value, float), atol=1e-3):
-                raise ScanError(f"{path} and {first} differ in {tag}: they are not slices of one volume.")
+# %% ../nbs/11_scan.ipynb #5d2044b6
+_IN_PLACE = {"Rows": slice(0, 1), "Columns": slice(1, 2), "PixelSpacing": slice(2, 4), "ImageOrientationPatient": slice(4, 10)}
+
+
+def _check_series(paths, places):
+    "Raises `ScanError` unless all slices have one size, spacing and direction; both are in order of position."
+    for tag, where in _IN_PLACE.items():
+        differ = np.abs(places[:, where] - places[0, where]).max(axis=1) > 1e-3
+        if differ.any():
+            raise ScanError(f"{paths[differ.argmax()]} and {paths[0]} differ in {tag}: they are not slices of one volume.")
 
 
 def _by_position(slices):
     "The slices from one end to the other without copies, their mm along the normal, and notes; raises `ScanError`."
-    for path, header in slices:
-        _check_slice(header, path)
-    normal = np.cross(*np.array(slices[0][1].ImageOrientationPatient, float).reshape(2, 3))
-    along = np.array([np.array(h.ImagePositionPatient, float) @ normal for _, h in slices])
+    places = np.stack([_check_slice(header, path) for path, header in slices])
+    along = places[:, 10:] @ np.cross(places[0, 4:7], places[0, 7:10])
     order = np.argsort(along, kind="stable")
     kept, notes = [order[0]], []
     for i in order[1:]:
@@ -344,7 +357,7 @@ def _by_position(slices):
         else:
             raise ScanError(f"{slices[before][0]} and {slices[i][0]} lie at the same position; leave one of them out.")
     slices = [slices[i] for i in kept]
-    _check_series(slices)
+    _check_series([path for path, _ in slices], places[kept])
     return slices, along[kept], notes
 
 # %% ../nbs/11_scan.ipynb #3018f784
@@ -481,7 +494,7 @@ def _check_place(affine, shape, scan, path):
     if apart > 1:
         raise ScanError(f"{path} lies {apart:.1f} mm away from the scan {scan.name}: it is the mask of another scan.")
 
-# %% ../nbs/11_scan.ipynb #1e51e2eb
+# %% ../nbs/11_scan.ipynb #cfae9c2d
 def read_mask(
     path: str | Path,  # NIfTI in any orientation
     scan: Scan,  # the scan it belongs to
@@ -491,11 +504,11 @@ def read_mask(
     path = Path(path)
     if not path.exists():
         raise ScanError(f"{path} does not exist; the mask of {scan.name} is needed.")
-    mask, affine, _ = _read_nifti(path, labels.to_classes, np.uint8)
+    mask, affine, _ = _read_nifti(path, labels.to_classes, np.uint8, scan.affine)
     _check_place(affine, mask.shape, scan, path)
     return mask
 
-# %% ../nbs/11_scan.ipynb #44143828
+# %% ../nbs/11_scan.ipynb #f11237b5
 def _inside(values, path, start):
     return (values != 0).astype(np.uint8)
 
@@ -517,7 +530,7 @@ def read_organ_masks(
     mask = np.zeros(scan.hu.shape, np.uint8)
     for path in paths:
         if organ := labels.class_of(path.name.split(".")[0]):
-            part, affine, _ = _read_nifti(path, _inside, np.uint8)
+            part, affine, _ = _read_nifti(path, _inside, np.uint8, scan.affine)
             _check_place(affine, part.shape, scan, path)
             _add_organ(mask, part.astype(bool), organ, path)
     return mask
@@ -609,13 +622,13 @@ def read_seg(
                 _add_organ(there[:, :, _frame_slice(frame, shared, scan, path)], plane.T.astype(bool), organ, path)
     return mask
 
-# %% ../nbs/11_scan.ipynb #02df8808
+# %% ../nbs/11_scan.ipynb #25b07607
 def in_source_order(
     voxels: np.ndarray,  # (z, row, col) on the scan's grid
     scan: Scan,  # the scan they belong to
 ) -> np.ndarray:  # in the order and shape of the source
     "A view of the voxels in the order of the file that the scan was read from."
-    return orient.apply_orientation(voxels, _back(scan.source.affine))
+    return _in_order(voxels, _axes_on(_AXES, scan.source.affine))
 
 
 def save_nifti(

@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEG2000Lossless, RLELossless
 from scipy.spatial.transform import Rotation
@@ -15,6 +15,7 @@ from rsna_seg.phantom import ENCODINGS, write_mask, write_series
 from rsna_seg.scan import read_mask, read_scan, read_seg, save_nifti
 
 SHAPE = (6, 5, 7)  # slices, rows, columns
+PLAIN = {"flip": False, "falling": False, "first": 1, "encoding": ENCODINGS[0], "nifti": False}
 
 
 @pytest.fixture
@@ -49,6 +50,8 @@ def values_at(scan, places):
     turn=st.tuples(*[st.floats(-180, 180)] * 3), spacing=st.tuples(*[st.floats(0.4, 6)] * 3), lean=st.floats(-0.4, 0.4),
     flip=st.booleans(), falling=st.booleans(), first=st.integers(1, 400), encoding=st.sampled_from(ENCODINGS), nifti=st.booleans(),
 )  # fmt: skip
+@example(turn=(45.0, 0.0, 0.0), spacing=(2.0, 3.0, 4.0), lean=0.375, **PLAIN)  # a sheared plane
+@example(turn=(0.0, 45.0, 0.0), spacing=(1.0, 1.0, 1.0), lean=0.0, **PLAIN)  # which axis is nearest is a toss
 def test_every_voxel_stays_at_its_place_in_the_patient(
     tmp_path_factory, volume, turn, spacing, lean, flip, falling, first, encoding, nifti
 ):
