@@ -6,7 +6,7 @@
 __all__ = ['Grid', 'Scan', 'nifti_format', 'dicom_series', 'ct_series', 'read_scan', 'window', 'mid_planes', 'read_mask',
            'read_organ_masks', 'seg_classes', 'read_seg', 'in_source_order', 'save_nifti', 'to_square']
 
-# %% ../nbs/11_scan.ipynb #dca413d0
+# %% ../nbs/11_scan.ipynb #9a314d6b
 import gzip
 import warnings
 import zlib
@@ -18,10 +18,12 @@ import nibabel as nib
 import numpy as np
 import pydicom
 from nibabel import orientations as orient
+from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless
+from rle import decode_pixel_data
 
 from .files import RsnaSegError, ScanError, whole_file
 from .labels import LabelMap, label_map
@@ -208,14 +210,24 @@ def _nifti_scan(path):
     positions = _even_positions(affine, len(hu))
     return Scan(hu, affine, grid, positions, path.name.removesuffix(".gz").removesuffix(".nii"))
 
-# %% ../nbs/11_scan.ipynb #0e757b49
+# %% ../nbs/11_scan.ipynb #2f5f9622
+def _decode_rle(dataset):
+    "Words of an RLE slice, (row, col), from the decoder itself: Kaggle's files are all of this kind, and pydicom's way there is slow."
+    shape = dataset.Rows, dataset.Columns
+    words = decode_pixel_data(
+        next(generate_frames(dataset.PixelData, number_of_frames=1)), version=2, rows=shape[0], columns=shape[1], bits_allocated=16)
+    return np.frombuffer(words, "<u2").reshape(shape)
+
+
 def _decode(dataset, path):
     "Pixel values as stored, (row, col); raises `ScanError`."
     if "PixelData" not in dataset:
         raise ScanError(f"{path} has no pixels; leave it out of the folder.")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    try:  # for RLE, pydicom would prefer its own slow decoder
-        return pixel_array(dataset, decoding_plugin="pylibjpeg" if syntax == RLELossless else "")
+    try:
+        if syntax == RLELossless and dataset.BitsAllocated == 16 and dataset.SamplesPerPixel == 1:
+            return _decode_rle(dataset)
+        return pixel_array(dataset)
     except Exception as error:  # every decoder has errors of its own
         name, reason = getattr(syntax, "name", "that is not stated"), str(error).splitlines()[0]
         raise ScanError(f"{path} cannot be decoded from the transfer syntax {name}: {reason}") from error
@@ -239,13 +251,14 @@ def _is_padding(stored, dataset):
     last = first if last is None else _signed(int(last) & 0xFFFF, dataset)
     return (stored >= min(first, last)) & (stored <= max(first, last))
 
-# %% ../nbs/11_scan.ipynb #bf782fa8
-def _slice_hu(path):
-    "A slice's HU, int16, (row, col); raises `ScanError`."
-    dataset = _read_file(path)
+# %% ../nbs/11_scan.ipynb #e5a97ef6
+def _slice_hu(path, header):
+    "A slice's HU, int16, (row, col), from its header if that still holds the pixels; raises `ScanError`."
+    dataset = header if "PixelData" in header else _read_file(path)
     slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
     stored = _signed(_decode(dataset, path), dataset)
     padding = _is_padding(stored, dataset)
+    del dataset.PixelData  # a series' worth of them would add up
     hu = _to_hu(stored + int(intercept) if slope == 1 and intercept % 1 == 0 else stored * slope + intercept, path)
     return hu if padding is None else np.where(padding, np.minimum(hu, np.int16(-1024)), hu)
 
@@ -272,7 +285,7 @@ def _check_slice(header, path):
         raise ScanError(f"{path} has a PixelSpacing or ImageOrientationPatient that cannot be; export the series again.")
     return place
 
-# %% ../nbs/11_scan.ipynb #73e23e6f
+# %% ../nbs/11_scan.ipynb #fef7d9e3
 def _read_file(path, **how):
     "The dataset of a DICOM file, or None for a file of another kind; raises `ScanError` if it is cut short."
     try:
@@ -290,18 +303,29 @@ def _read_file(path, **how):
     return dataset
 
 
+_HELD = 256 << 20  # bytes of files whose pixels are kept with the header, so that they are parsed once
+
+
+def _headers(paths, held=_HELD):
+    "The (path, header) of the DICOM files among some files, the first of them with their pixels."
+    for path in paths:
+        held -= path.stat().st_size
+        header = _read_file(path) if held > 0 else _read_file(path, stop_before_pixels=True, specific_tags=_HEADER)
+        if header is not None and "DirectoryRecordSequence" not in header:
+            yield path, header
+
+
 def dicom_series(
     folder: str | Path,  # with DICOM files somewhere below
+    held: int = 0,  # bytes of files to read with their pixels
 ) -> dict:  # SeriesInstanceUID -> list of (path, header)
     "The headers of the DICOM files below a folder by series; other files are left alone."
     series = {}
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")):
-        header = _read_file(path, stop_before_pixels=True, specific_tags=_HEADER)
-        if header is not None and "DirectoryRecordSequence" not in header:
-            series.setdefault(header.get("SeriesInstanceUID"), []).append((path, header))
+    for path, header in _headers(sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")), held):
+        series.setdefault(header.get("SeriesInstanceUID"), []).append((path, header))
     return series
 
-# %% ../nbs/11_scan.ipynb #80a263ec
+# %% ../nbs/11_scan.ipynb #ca52581d
 def _why_no_slice(header):
     "Why a DICOM file is not meant to be a slice of a CT series; empty if it may be one."
     modality = header.get("Modality") or "CT"  # Kaggle removed it
@@ -319,7 +343,7 @@ def ct_series(
 
 def _one_series(folder):
     "The (path, header) of a folder's CT slices, and notes; raises `ScanError` unless they are of one series."
-    there = dicom_series(folder)
+    there = dicom_series(folder, _HELD)
     if not there:
         raise ScanError(f"{folder} holds no DICOM file; give the folder of one CT series, or a NIfTI file.")
     series, notes = ct_series(there)
@@ -387,15 +411,15 @@ def _gap_note(slices, along):
     return [f"The slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart (usually {np.median(gaps):.2f}, most between"
             f" {files}){missing}: volumes are computed from the true positions."]
 
-# %% ../nbs/11_scan.ipynb #4b3fb4f4
+# %% ../nbs/11_scan.ipynb #ef5342e8
 def _assemble(slices, notes, path):
     "One scan from the (path, header) of a series, whatever their order; raises `ScanError`."
     slices, along, copies = _by_position(slices)
     affine, one = _series_affine(slices), slices[0][1]
     shape = int(one.Columns), int(one.Rows), len(slices)
     hu, there, turned = _turned(shape, affine, np.int16)
-    for k, (file, _) in enumerate(slices):
-        there[:, :, k] = _slice_hu(file).T
+    for k, (file, header) in enumerate(slices):
+        there[:, :, k] = _slice_hu(file, header).T
     uneven, axial = _gap_note(slices, along), orient.io_orientation(affine)[2, 0] == 2
     if uneven and not axial:
         raise ScanError(f"{path} was not scanned along the body's axis, and unevenly: {uneven[0]}")
@@ -406,7 +430,7 @@ def _assemble(slices, notes, path):
     tilt = f"The gantry was tilted by {scan.tilt_deg:.1f} degrees; slices are used as they are."
     return replace(scan, notes=(*scan.notes, tilt)) if scan.tilt_deg > 0.5 else scan
 
-# %% ../nbs/11_scan.ipynb #6dea1fff
+# %% ../nbs/11_scan.ipynb #722e203f
 def read_scan(
     path: str | Path,  # a folder with one DICOM series, one DICOM file, or a NIfTI file
     files: tuple = (),  # of a DICOM series, if other series lie in the folder too
@@ -416,7 +440,7 @@ def read_scan(
     if not path.exists():
         raise ScanError(f"{path} does not exist; give a folder of DICOM files or a NIfTI file.")
     if files:
-        return _assemble([(f, _read_file(f, stop_before_pixels=True, specific_tags=_HEADER)) for f in files], (), path)
+        return _assemble(list(_headers(files)), (), path)
     if path.is_dir():
         return _assemble(*_one_series(path), path)
     if nifti_format(path):

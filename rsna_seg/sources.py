@@ -40,7 +40,7 @@ class Plane:
     orientation: str = ""  # where the source's axes ran, such as LPS
     tilt_deg: float = np.nan  # of the gantry
 
-# %% ../nbs/20_sources.ipynb #8fe9ba64
+# %% ../nbs/20_sources.ipynb #8c28ecf8
 @dataclass(frozen=True)
 class ScanCase:
     "A CT volume with its mask."
@@ -57,11 +57,9 @@ class ScanCase:
         scan = read_scan(self.scan, self.files)
         mask = self._mask(scan) if self.masks else None
         notes.extend(scan.notes)
-        for z, hu in enumerate(scan.hu):
-            yield Plane(
-                z, window(hu, level, width), None if mask is None else mask[z],
-                float(scan.positions[z]), float(scan.slice_mm[z]), *scan.spacing[1:], scan.source.orientation, scan.tilt_deg,
-            )  # fmt: skip
+        same = *scan.spacing[1:], scan.source.orientation, scan.tilt_deg
+        for z, (hu, position, thick) in enumerate(zip(scan.hu, scan.positions, scan.slice_mm)):
+            yield Plane(z, window(hu, level, width), None if mask is None else mask[z], float(position), float(thick), *same)
 
     def _mask(self, scan):
         if len(self.masks) > 1 and nifti_format(self.masks[0]):
