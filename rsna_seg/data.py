@@ -166,8 +166,8 @@ def _finish(folder, source, settings, skipped):
     with whole_file(folder / "dataset.json") as part:
         part.write_text(json.dumps(info, indent=2))
 
-# %% ../nbs/00_data.ipynb #0043bdc3
-@dataclass(frozen=True)
+# %% ../nbs/00_data.ipynb #3435f6d4
+@dataclass(frozen=True, repr=False)
 class SliceData:
     "A dataset folder: PNG pairs with their manifest."
     folder: Path
@@ -190,6 +190,9 @@ class SliceData:
         series = [rows for _, rows in self.manifest.groupby("series", sort=False)]
         work = Parallel(n_jobs=jobs, return_as="generator")(delayed(damaged_rows)(self.folder, rows) for rows in series)
         return [name for names in tqdm(work, total=len(series), desc="verify", unit="series") for name in names]
+
+    def __repr__(self):
+        return f"SliceData: {len(self.manifest)} slices of {self.manifest.patient.nunique()} patients in {self.folder.name}"
 
     def _repr_html_(self):
         table = self.manifest.groupby("split").agg(

@@ -40,7 +40,7 @@ class Plane:
     orientation: str = ""  # where the source's axes ran, such as LPS
     tilt_deg: float = np.nan  # of the gantry
 
-# %% ../nbs/20_sources.ipynb #8c28ecf8
+# %% ../nbs/20_sources.ipynb #b64cdd6e
 @dataclass(frozen=True)
 class ScanCase:
     "A CT volume with its mask."
@@ -51,6 +51,7 @@ class ScanCase:
     labels: LabelMap = label_map("rsna")  # what the masks' numbers or names mean
     files: tuple = ()  # of the scan, if other series lie in its folder
     incomplete: bool = False  # an organ is cut off by the scan's edge, as Kaggle's table says
+    by_organ: bool = False  # each mask is one organ's, and its file's name says which
 
     def planes(self, level, width, notes):
         "Its slices from the feet up; what is unusual is added to `notes`. Raises `ScanError` or `DataError`."
@@ -62,7 +63,7 @@ class ScanCase:
             yield Plane(z, window(hu, level, width), None if mask is None else mask[z], float(position), float(thick), *same)
 
     def _mask(self, scan):
-        if len(self.masks) > 1 and nifti_format(self.masks[0]):
+        if self.by_organ:
             return read_organ_masks(self.masks, scan, self.labels)
         if self.masks[0].is_file() and not nifti_format(self.masks[0]) and _is_dicom(self.masks[0]):
             return read_seg(self.masks, scan, self.labels)
@@ -292,11 +293,23 @@ def _nifti_source(source, mask, config):
     left = len(scans) - len(names)
     return Source("NIfTI pairs", cases, labels.labelled, (f"{left} images without a mask left out.",) if left else ())
 
-# %% ../nbs/20_sources.ipynb #5c23d1b7
-def _organ_files(case):
-    "The mask files of a TotalSegmentator case: one an organ, or a single one of labels."
-    organs = [p for p in sorted((case / "segmentations").glob("*.nii*"))]
-    return tuple(organs or [p for p in sorted(case.glob("*.nii*")) if _stem(p) != "ct"])
+# %% ../nbs/20_sources.ipynb #b44e0ed0
+def _case_masks(case):
+    "The mask files of a TotalSegmentator case: one an organ in segmentations/, or a single one of labels."
+    organs = tuple(sorted((case / "segmentations").glob("*.nii*")))
+    return organs or tuple(p for p in sorted(case.glob("*.nii*")) if _stem(p) != "ct")[:1]
+
+
+def _organs_in_all(cases, labels):
+    "The organs of which all cases have every file that the map names, and a note on files that only some have."
+    names = [{_stem(p) for p in masks} for masks in cases]
+    common, every = set.intersection(*names), set.union(*names)
+    missing = {organ for name, organ in labels.names.items() if name not in common}
+    labelled = tuple(o.key for o in ORGANS if o.id in labels.names.values() and o.id not in missing)
+    if not labelled:
+        raise DataError(f"{cases[0][0].parent} has no file for any organ: {', '.join(labels.names)} are looked for.")
+    some = sorted(name for name in every - common if labels.class_of(name))
+    return labelled, (f"Not every case has {', '.join(some)}; what that leaves incomplete counts as not labelled.",) if some else ()
 
 
 def _totalsegmentator_source(source, config):
@@ -304,17 +317,16 @@ def _totalsegmentator_source(source, config):
     scans = [p for pattern in ("ct.nii*", "*/ct.nii*") for p in sorted(source.glob(pattern))]
     if not scans:
         return None
-    masks = {scan: _organ_files(scan.parent) for scan in scans}
+    masks = {scan: _case_masks(scan.parent) for scan in scans}
     scans = [s for s in scans if masks[s] or config.all_series]
     if not any(masks.values()):
         raise DataError(f"{source} has {len(masks)} ct.nii.gz but no masks: segmentations/ORGAN.nii.gz or one file of labels is looked for.")
-    single = all(len(m) <= 1 for m in masks.values())
-    labels = config.label_map("rsna" if single else "totalsegmentator")
-    common = set.intersection(*({_stem(p) for p in m} for m in masks.values() if m))
-    labelled = labels.labelled if single else named_labels({name: i for i, name in enumerate(sorted(common), 1)}).labelled
+    by_organ = any(m and m[0].parent.name == "segmentations" for m in masks.values())
+    labels = config.label_map("totalsegmentator" if by_organ else "rsna")
+    labelled, notes = _organs_in_all([m for m in masks.values() if m], labels) if by_organ else (labels.labelled, ())
     patients = _patients([s.parent.name for s in scans], config.pattern, source)
-    cases = [ScanCase(patients[s.parent.name], s.parent.name, s, masks[s], labels) for s in scans]
-    return Source("one NIfTI folder a case, as TotalSegmentator's", cases, labelled)
+    cases = [ScanCase(patients[s.parent.name], s.parent.name, s, masks[s], labels, by_organ=by_organ) for s in scans]
+    return Source("one NIfTI folder a case, as TotalSegmentator's", cases, labelled, notes)
 
 # %% ../nbs/20_sources.ipynb #8806657a
 def _safe(name):
@@ -401,7 +413,7 @@ def unpack(
         raise DataError(f"{path} cannot be unpacked ({error}); it may be damaged, copy it again.") from error
     return folder
 
-# %% ../nbs/20_sources.ipynb #254ec83e
+# %% ../nbs/20_sources.ipynb #d7185833
 _KNOWN = """Kaggle's train_images/ with segmentations/, images/ with masks/ (PNG or NIfTI), imagesTr/ with labelsTr/,
  folders with ct.nii.gz and segmentations/, DICOM with DICOM SEG, a zip file of one of these""".replace("\n", "")
 
@@ -412,7 +424,8 @@ def _two_files(scan, mask, config):
     if not mask.exists() or not masks:
         raise DataError(f"{mask} does not exist or holds no NIfTI; the mask of {scan.name} is needed.")
     labels = config.label_map("rsna" if mask.is_file() else "totalsegmentator")
-    return Source("a scan and its mask", [ScanCase(_safe(_stem(scan)), "1", scan, masks, labels)], labels.labelled)
+    case = ScanCase(_safe(_stem(scan)), "1", scan, masks, labels, by_organ=mask.is_dir())
+    return Source("a scan and its mask", [case], _organs_in_all([masks], labels)[0] if mask.is_dir() else labels.labelled)
 
 
 def _recognise(source, mask, config):

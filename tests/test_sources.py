@@ -34,9 +34,9 @@ def write_png(path, pixels):
     cv2.imwrite(str(path), pixels)
 
 
-def check(source, patients, config, *, mask=None, labelled=None, z=True):
+def check(source, patients, config, *, mask=None, labelled=None, z=True, name="data"):
     "Prepares a source and compares every slice with the patients' own; the dataset."
-    data = prepare(source, source.with_name(f"{source.name}-data"), mask, config)
+    data = prepare(source, source.with_name(f"{source.name}-{name}"), mask, config)
     assert data.skipped.empty, data.skipped.reason[0]
     assert sorted(data.manifest.patient.unique()) == sorted(patients)
     keys = [o.key for o in ORGANS] if labelled is None else labelled
@@ -168,7 +168,14 @@ def test_totalsegmentator_folders(patients, tmp_path, single):
     if not single:
         (source / "p0" / "segmentations" / "liver.nii.gz").unlink()
         data = prepare(source, tmp_path / "again", config=PrepareConfig(**SMALL))
-        assert "liver" not in data.info["labelled"] or "p0" in set(data.skipped.patient)
+        assert data.info["labelled"] == ["spleen", "left_kidney", "right_kidney", "bowel"]
+        assert "Not every case has liver" in data.info["notes"][0]
+        for patient in patients:
+            for path in (source / patient / "segmentations").glob("*.nii.gz"):
+                if path.name != "spleen.nii.gz":
+                    path.unlink()
+        data = prepare(source, tmp_path / "spleens", config=PrepareConfig(**SMALL))  # 1 is not the liver here
+        assert data.info["labelled"] == ["spleen"] and data.manifest.spleen.sum() > 0
 
 
 def write_seg(path, folder, mask, organs):
@@ -207,6 +214,9 @@ def test_two_named_files(patients, tmp_path):
     check(tmp_path / "p0.nii.gz", {"p0": patients["p0"]}, PrepareConfig(**SMALL, valid=0), mask=tmp_path / "truth.nii")
     write_series(tmp_path / "p0", hu, affine)
     check(tmp_path / "p0", {"p0": patients["p0"]}, PrepareConfig(**SMALL, valid=0), mask=tmp_path / "truth.nii")
+    write_mask(tmp_path / "organs" / "kidney_left.nii.gz", (mask == 3).astype(np.uint8), affine)
+    check(tmp_path / "p0.nii.gz", {"p0": patients["p0"]}, PrepareConfig(**SMALL, valid=0, seed=1), mask=tmp_path / "organs",
+          labelled=["left_kidney"], name="by organ")  # fmt: skip
     with pytest.raises(DataError, match="name its mask too"):
         find_source(tmp_path / "p0.nii.gz")
 
