@@ -239,7 +239,7 @@ def open_data(
     check_split(data.manifest)
     return data
 
-# %% ../nbs/00_data.ipynb #07b9d13b
+# %% ../nbs/00_data.ipynb #cbd38d59
 def _finished(dest, settings):
     "The dataset that stands there with the same source and settings, or None; raises `DataError` for anything else."
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
@@ -271,7 +271,7 @@ def _reopen(data, folder, settings, broken):
     manifest = pd.read_csv(data.folder / "manifest.csv", dtype=str)
     for (patient, series), rows in manifest.groupby(["patient", "series"], sort=False):
         if not rows["image"].isin(broken).any():
-            name = rows["image"].iloc[0].removeprefix("images/")[: -len("_0000.png")]
+            name = Path(rows["image"].iloc[0]).stem.rpartition("_")[0]
             start = f"Series {series} of patient {patient}: "
             (data.folder / "parts" / f"{name}.txt").write_text("".join(f"{n}\n" for n in data.info["notes"] if n.startswith(start)))
             rows.drop(columns=["split", "fold"]).to_csv(data.folder / "parts" / f"{name}.csv", index=False)

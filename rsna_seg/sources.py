@@ -118,7 +118,7 @@ class PngCase:
         if damage and not self.trusted:
             check_damage(sum(damage[1:], damage[0]), f"the masks of series {self.series} of patient {self.patient}")
 
-# %% ../nbs/20_sources.ipynb #073a8297
+# %% ../nbs/20_sources.ipynb #24b926d4
 PATTERNS = (
     r"(?P<patient>[^/_]+)_(?P<series>[^/_]+)_(?P<slice>\d+)",  # 10004_21057_0012
     r"(?P<patient>[^/]+)/(?P<series>[^/]+)/(?P<slice>\d+)",  # 10004/21057/12
@@ -140,9 +140,11 @@ def _parse(names, pattern, folder):
     stray = ""
     for one in [pattern] if pattern else PATTERNS:
         matches = [_compile(one).fullmatch(name) for name in names]
-        if all(matches):
+        read = [bool(match and match["patient"]) for match in matches]
+        if all(read):
             return matches
-        stray = next(name for name, match in zip(names, matches) if not match) if not stray or any(matches) else stray
+        if not stray or any(read):
+            stray = names[read.index(False)]
     raise DataError(
         f"{folder} has names such as {stray} from which no patient can be read, and without patients the split would mix"
         r" them: give --pattern with a regular expression for the path below that folder, such as"
@@ -177,7 +179,7 @@ class SourceConfig:
         "The label map, or the default of the layout."
         return label_map(self.labels or default)
 
-# %% ../nbs/20_sources.ipynb #ad6265fd
+# %% ../nbs/20_sources.ipynb #36cf2334
 _IMAGES = ("images", "image", "imgs", "train_images", "imagesTr")
 _MASKS = ("masks", "mask", "labels", "segmentations", "labelsTr")
 
@@ -211,6 +213,13 @@ def _below(folder, *suffixes):
     return there
 
 
+def _slice_number(text, rank, path):
+    "The number of a slice in its name, or its rank among the names if they have none; raises `DataError`."
+    if text is not None and not text.isdecimal():
+        raise DataError(f"{path}: the pattern's group slice finds {text}, which is no number.")
+    return rank if text is None else int(text)
+
+
 def _png_source(source, mask, config):
     "PNG pairs, or None if this is something else."
     folders = _two_folders(source, mask)
@@ -223,9 +232,13 @@ def _png_source(source, mask, config):
     labels, series = config.label_map(), {}
     for name, match in zip(names, _parse(names, config.pattern, folders[0])):
         parts = match.groupdict()
-        key = parts["patient"], parts.get("series") or "1"
-        series.setdefault(key, []).append((int(parts.get("slice") or 0), images[name], masks.get(name)))
-    cases = [PngCase(*key, tuple(sorted(pairs)), labels, config.encoding, config.trust_masks) for key, pairs in sorted(series.items())]
+        slices = series.setdefault((parts["patient"], parts.get("series") or "1"), {})
+        number = _slice_number(parts.get("slice"), len(slices), images[name])
+        if number in slices:
+            raise DataError(f"{slices[number][1]} and {images[name]} are both slice {number} of one series; rename one, or mend --pattern.")
+        slices[number] = number, images[name], masks.get(name)
+    cases = [PngCase(*key, tuple(slices[n] for n in sorted(slices)), labels, config.encoding, config.trust_masks)
+             for key, slices in sorted(series.items())]
     counts = {"images without a mask": len(images.keys() - set(names)), "masks without an image": len(masks.keys() - images.keys())}
     notes = tuple(f"{n} {what} left out." for what, n in counts.items() if n)
     return Source("PNG pairs", cases, mask_labels(config.encoding, labels).labelled, notes)

@@ -92,6 +92,12 @@ def test_png_names_without_a_patient(patients, tmp_path):
         find_source(source)
     with pytest.raises(DataError, match="has no group"):
         find_source(source, None, SourceConfig(pattern=r"scan(\w+)-(\d+)"))
+    with pytest.raises(DataError, match="both slice 0 of one series"):
+        find_source(source, None, SourceConfig(pattern=r"(?P<patient>scan)p\d-(?P<slice>\d+)"))
+    with pytest.raises(DataError, match="which is no number"):
+        find_source(source, None, SourceConfig(pattern=r"(?P<patient>scan)(?P<slice>.*)"))
+    ranks = find_source(source, None, SourceConfig(pattern=r"scan(?P<patient>\w+)-\d+"))
+    assert [number for number, *_ in ranks.cases[0].pairs] == list(range(SLICES))
     pattern = r"scan(?P<patient>\w+)-(?P<slice>\d+)"
     check(source, patients, PrepareConfig(**SMALL, pattern=pattern), z=False)
     write_png(source / "images" / "scanp9-1.png", np.zeros((4, 4), np.uint8))
