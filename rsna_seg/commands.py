@@ -24,7 +24,7 @@ from .predict import Predictor, save_segmentation
 from .quality import inspect_data, write_quality
 from .train import TrainConfig, train
 
-# %% ../nbs/18_commands.ipynb #762e9394
+# %% ../nbs/18_commands.ipynb #2dec8722
 @dataclass(frozen=True)
 class Demo:
     "Synthetic patients, prepared, trained on, judged and predicted."
@@ -51,7 +51,7 @@ class Fetch:
                   " to ask for the others anew.", file=sys.stderr)
         return int(short)
 
-
+# %% ../nbs/18_commands.ipynb #45dfdd20
 @dataclass(frozen=True)
 class Prepare:
     "From CT with masks to a dataset folder of PNG slices, split by patient. An interrupted run goes on."

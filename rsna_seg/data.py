@@ -201,29 +201,43 @@ class SliceData:
             table[f"slices with {organ.name.lower()}"] = (self.manifest[organ.key] > 0).groupby(self.manifest.split).sum()
         return table.to_html()
 
-# %% ../nbs/00_data.ipynb #7a937986
+# %% ../nbs/00_data.ipynb #405fe464
+def _read_info(folder):
+    "What dataset.json says; raises `DataError` if it is damaged."
+    try:
+        return json.loads((folder / "dataset.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'dataset.json'} is damaged ({error}); delete {folder} and prepare the data again.") from error
+
+
 def _read_folder(folder):
     "The dataset folder as it stands; raises `DataError` if it is unfinished or its tables are damaged."
     if folder.name.endswith(".unfinished") or not (folder / "dataset.json").exists():
         raise DataError(f"{folder} is not a complete dataset folder; make one with: rsna_seg prepare SOURCE {folder}")
+    info = _read_info(folder)
     try:
         manifest = pd.read_csv(folder / "manifest.csv", dtype=_NAMES)
-        info = json.loads((folder / "dataset.json").read_text())
         there = (folder / "skipped.csv").exists()
         skipped = pd.read_csv(folder / "skipped.csv", dtype=str) if there else pd.DataFrame(columns=["patient", "series", "source", "reason"])
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is damaged ({error}); delete it and prepare the data again.") from error
+        raise DataError(f"{folder} is damaged ({error}); the same rsna_seg prepare again repairs it.") from error
     return SliceData(folder, manifest, info, skipped)
 
 
+def _missing(data):
+    "The names of files that the manifest lists and the folder lacks."
+    folders = [kind for kind in ("images", "masks") if (data.folder / kind).is_dir()]
+    there = {f"{kind}/{name}" for kind in folders for name in os.listdir(data.folder / kind)}
+    return [name for name in (*data.manifest["image"], *data.manifest["mask"].dropna()) if name not in there]
+
+# %% ../nbs/00_data.ipynb #c3fc9ed3
 def open_data(
     folder: str | Path,  # made by `prepare`
     fold: int | None = None,  # its patients become the validation, all others the training; None: the split
 ) -> SliceData:
     "The dataset folder; raises `DataError` if it is unfinished, incomplete or mixes a patient over the split."
     data = _read_folder(Path(folder))
-    there = {f"{kind}/{name}" for kind in ("images", "masks") for name in os.listdir(data.folder / kind)}
-    missing = [name for name in (*data.manifest["image"], *data.manifest["mask"].dropna()) if name not in there]
+    missing = _missing(data)
     if missing:
         raise DataError(f"{data.folder / missing[0]} is missing, one of {len(missing)}; the same rsna_seg prepare again repairs it.")
     stray = [o.key for o in ORGANS if o.key not in data.info["labelled"] and (data.manifest[o.key] > 0).any()]
@@ -239,34 +253,44 @@ def open_data(
     check_split(data.manifest)
     return data
 
-# %% ../nbs/00_data.ipynb #cbd38d59
+# %% ../nbs/00_data.ipynb #33614c88
+def _reopen(dest, folder, settings):
+    "Makes a finished folder an unfinished one."
+    (dest / "parts").mkdir(exist_ok=True)
+    (dest / "settings.json").write_text(json.dumps(settings))
+    os.replace(dest, folder)
+
+
 def _finished(dest, settings):
-    "The dataset that stands there with the same source and settings, or None; raises `DataError` for anything else."
+    "Whether a dataset with the same source and settings stands there; raises `DataError` if anything else does."
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
-        return None
+        return False
     if not (dest / "dataset.json").exists():
         raise DataError(f"{dest} exists and is not a dataset folder; choose another destination.")
-    data = _read_folder(dest)
+    info = _read_info(dest)
     for key, value in settings.items():
-        if data.info.get(key) != value:
-            raise DataError(f"{dest} was prepared with {key} = {data.info.get(key)}, not {value};"
+        if info.get(key) != value:
+            raise DataError(f"{dest} was prepared with {key} = {info.get(key)}, not {value};"
                             " choose another destination or delete it.")
-    return data
+    return True
 
 
+def _written(dest):
+    "Whether the manifest is the one that was written."
+    table = dest / "manifest.csv"
+    return table.exists() and hashlib.sha256(table.read_bytes()).hexdigest() == _read_info(dest).get("fingerprint")
+
+# %% ../nbs/00_data.ipynb #8f79642d
 def _broken(data, verify, jobs):
-    "The images of a finished folder that have to be made again; all of them if the manifest is not the one that was written."
-    if hashlib.sha256((data.folder / "manifest.csv").read_bytes()).hexdigest() != data.info["fingerprint"]:
-        return list(data.manifest["image"])
+    "The images of a finished folder that have to be made again."
     if verify:
         return data.damaged(jobs)
-    there = {f"{kind}/{name}" for kind in ("images", "masks") for name in os.listdir(data.folder / kind)}
-    return [row.image for row in data.manifest.itertuples() if row.image not in there or (isinstance(row.mask, str) and row.mask not in there)]
+    missing = _missing(data)
+    return list(data.manifest["image"][data.manifest["image"].isin(missing) | data.manifest["mask"].isin(missing)])
 
 
-def _reopen(data, folder, settings, broken):
-    "Makes a finished folder an unfinished one in which the series without broken images are complete."
-    shutil.rmtree(data.folder / "parts", ignore_errors=True)
+def _keep_whole(data, broken):
+    "Writes the parts of the series without broken images, from the manifest."
     (data.folder / "parts").mkdir()
     manifest = pd.read_csv(data.folder / "manifest.csv", dtype=str)
     for (patient, series), rows in manifest.groupby(["patient", "series"], sort=False):
@@ -275,10 +299,20 @@ def _reopen(data, folder, settings, broken):
             start = f"Series {series} of patient {patient}: "
             (data.folder / "parts" / f"{name}.txt").write_text("".join(f"{n}\n" for n in data.info["notes"] if n.startswith(start)))
             rows.drop(columns=["split", "fold"]).to_csv(data.folder / "parts" / f"{name}.csv", index=False)
-    (data.folder / "settings.json").write_text(json.dumps(settings))
-    os.replace(data.folder, folder)
 
-# %% ../nbs/00_data.ipynb #ee40278e
+
+def _to_do_again(dest, verify, jobs):
+    "Whether a finished folder lacks something; the parts of what it has are then in it."
+    shutil.rmtree(dest / "parts", ignore_errors=True)
+    if not _written(dest):
+        return True
+    data = _read_folder(dest)
+    broken = _broken(data, verify, jobs)
+    if broken or not data.skipped.empty:
+        _keep_whole(data, broken)
+    return bool(broken) or not data.skipped.empty
+
+# %% ../nbs/00_data.ipynb #80ec3257
 def _write_cases(source, folder, config):
     "Writes what is not yet written, side by side; the rows of skipped.csv."
     todo = [c for c in source.cases if not _part(folder, c).exists()]
@@ -295,7 +329,7 @@ def _write_cases(source, folder, config):
         raise DataError(skipped[0][-1] + others)
     return skipped
 
-
+# %% ../nbs/00_data.ipynb #0def14ef
 def _look_at(source, mask, config, folder, settings):
     "The source recognised, a zip file after unpacking it into the unfinished folder; raises `DataError`."
     fresh, packed = not folder.exists(), source.is_file() and zipfile.is_zipfile(source)
@@ -311,7 +345,7 @@ def _look_at(source, mask, config, folder, settings):
         raise
     return found
 
-
+# %% ../nbs/00_data.ipynb #908a3e30
 def prepare(
     source: str | Path,  # a folder in a known layout, a zip file of one, or one scan
     dest: str | Path,  # the dataset folder to make
@@ -324,13 +358,12 @@ def prepare(
     if not source.exists():
         raise DataError(f"{source} does not exist.")
     settings, folder = _settings(source, mask, config), dest.with_name(dest.name + ".unfinished")
-    if data := _finished(dest, settings):
-        broken = _broken(data, verify, config.jobs)
-        if not broken and data.skipped.empty:
-            _tidy(dest)
-            return open_data(dest)
+    if _finished(dest, settings):
         with writing(dest):
-            _reopen(data, folder, settings, broken)
+            if not _to_do_again(dest, verify, config.jobs):
+                _tidy(dest)
+                return open_data(dest)
+            _reopen(dest, folder, settings)
     try:
         found = _look_at(source, mask, config, folder, settings)
         _begin(folder, settings)

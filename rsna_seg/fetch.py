@@ -129,7 +129,7 @@ def _is_network(error):
     "Errors of the network have no errno, unless Python's own; those of the disk have one."
     return isinstance(error, OSError) and (error.errno is None or isinstance(error, (ConnectionError, TimeoutError)))
 
-# %% ../nbs/22_fetch.ipynb #f2a23057
+# %% ../nbs/22_fetch.ipynb #ce6a3a3d
 _LONGEST_WAIT = 600  # seconds
 
 
@@ -179,7 +179,7 @@ class _Fetching:
             (self.dest / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, self.dest / name)
 
-
+# %% ../nbs/22_fetch.ipynb #090beff6
 def _pause(error, wait, k):
     "Seconds to wait after try number k; never less than the server asks for."
     asked = str(getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", ""))
@@ -223,7 +223,7 @@ def _slices(path):
                         " delete it and fetch it again.")
     return parts.drop_duplicates("name")
 
-# %% ../nbs/22_fetch.ipynb #df6d90bd
+# %% ../nbs/22_fetch.ipynb #fdb828ad
 MASKED_SERIES = 206  # files in the competition's folder segmentations
 
 
@@ -256,7 +256,7 @@ def _candidates(fetching, every, listing):
         return every
     return sorted(listed) if len(listed) == MASKED_SERIES and listed <= set(every) else every
 
-
+# %% ../nbs/22_fetch.ipynb #4ebd416b
 def _mask_names(series):
     return f"segmentations/{series}.nii", f"segmentations/{series}"
 

@@ -143,7 +143,7 @@ def nifti_format(
         return None
     return _FORMATS.get(start[344:347]) or _FORMATS.get(start[4:7])
 
-# %% ../nbs/11_scan.ipynb #72ad0417
+# %% ../nbs/11_scan.ipynb #75b193d0
 _SLAB = 32  # slices read at once
 
 
@@ -172,7 +172,7 @@ def _converted(slab, convert, path, start, file):
         _read_out(file)
         raise
 
-
+# %% ../nbs/11_scan.ipynb #4d29ba19
 def _read_nifti(path, convert, dtype, onto=_AXES):
     "A NIfTI's volume (z, row, col), converted slab by slab, its affine to LPS mm and its `Grid`; raises `ScanError`."
     form = nifti_format(path)
@@ -210,7 +210,7 @@ def _nifti_scan(path):
     positions = _even_positions(affine, len(hu))
     return Scan(hu, affine, grid, positions, path.name.removesuffix(".gz").removesuffix(".nii"))
 
-# %% ../nbs/11_scan.ipynb #2f5f9622
+# %% ../nbs/11_scan.ipynb #4614a5c0
 def _decode_rle(dataset):
     "Words of an RLE slice, (row, col), from the decoder itself: Kaggle's files are all of this kind, and pydicom's way there is slow."
     shape = dataset.Rows, dataset.Columns
@@ -241,7 +241,7 @@ def _signed(words, dataset):
     unused = 32 - dataset.BitsStored
     return (words << unused) >> unused
 
-
+# %% ../nbs/11_scan.ipynb #feb10003
 def _is_padding(stored, dataset):
     "Which stored values mark pixels outside the image, or None if the file names none."
     if dataset.get("PixelPaddingValue") is None:
@@ -262,7 +262,7 @@ def _slice_hu(path, header):
     hu = _to_hu(stored + int(intercept) if slope == 1 and intercept % 1 == 0 else stored * slope + intercept, path)
     return hu if padding is None else np.where(padding, np.minimum(hu, np.int16(-1024)), hu)
 
-# %% ../nbs/11_scan.ipynb #7d609209
+# %% ../nbs/11_scan.ipynb #cc7e010c
 _PLACE = ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")
 _PIXELS = ("Rows", "Columns", "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation")
 _IDENTITY = ("SeriesInstanceUID", "SOPInstanceUID", "PatientID", "Modality", "ImageType", "DirectoryRecordSequence",
@@ -279,7 +279,7 @@ def _check_slice(header, path):
         raise ScanError(f"{path} holds several frames; export the series as one file a slice.")
     if header.SamplesPerPixel != 1 or header.PhotometricInterpretation != "MONOCHROME2":
         raise ScanError(f"{path} is not a grey CT slice but {header.PhotometricInterpretation}.")
-    place = np.array([header.Rows, header.Columns, *(v for tag in _PLACE for v in header[tag].value)], float)
+    place = np.array([header.Rows, header.Columns, *(v for tag in _PLACE for v in np.atleast_1d(header[tag].value))], float)
     across, down = place[4:7], place[7:10]
     if len(place) != 13 or not np.isfinite(place).all() or min(place[2:4]) <= 0 or abs(across @ down) > 1e-3 or across @ across < 0.9:
         raise ScanError(f"{path} has a PixelSpacing or ImageOrientationPatient that cannot be; export the series again.")
@@ -354,7 +354,7 @@ def _one_series(folder):
         raise ScanError(f"{folder} holds more than one series ({first} and {other}); give the folder of one.")
     return next(iter(series.values())), notes
 
-# %% ../nbs/11_scan.ipynb #5d2044b6
+# %% ../nbs/11_scan.ipynb #245d8e19
 _IN_PLACE = {"Rows": slice(0, 1), "Columns": slice(1, 2), "PixelSpacing": slice(2, 4), "ImageOrientationPatient": slice(4, 10)}
 
 
@@ -376,7 +376,7 @@ def _by_position(slices):
         before = kept[-1]
         if along[i] - along[before] > 0.01:
             kept.append(i)
-        elif slices[i][1].get("SOPInstanceUID") == slices[before][1].get("SOPInstanceUID"):
+        elif (uid := slices[i][1].get("SOPInstanceUID")) and uid == slices[before][1].get("SOPInstanceUID"):
             notes.append(f"{slices[i][0]} is left out: it is a copy of {slices[before][0]}.")
         else:
             raise ScanError(f"{slices[before][0]} and {slices[i][0]} lie at the same position; leave one of them out.")

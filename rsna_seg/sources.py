@@ -179,7 +179,7 @@ class SourceConfig:
         "The label map, or the default of the layout."
         return label_map(self.labels or default)
 
-# %% ../nbs/20_sources.ipynb #36cf2334
+# %% ../nbs/20_sources.ipynb #f299e81c
 _IMAGES = ("images", "image", "imgs", "train_images", "imagesTr")
 _MASKS = ("masks", "mask", "labels", "segmentations", "labelsTr")
 
@@ -212,7 +212,7 @@ def _below(folder, *suffixes):
                 there[path.relative_to(folder).as_posix().removesuffix(suffix)] = path
     return there
 
-
+# %% ../nbs/20_sources.ipynb #c681432c
 def _slice_number(text, rank, path):
     "The number of a slice in its name, or its rank among the names if they have none; raises `DataError`."
     if text is not None and not text.isdecimal():
@@ -306,11 +306,14 @@ def _nifti_source(source, mask, config):
     left = len(scans) - len(names)
     return Source("NIfTI pairs", cases, labels.labelled, (f"{left} images without a mask left out.",) if left else ())
 
-# %% ../nbs/20_sources.ipynb #b44e0ed0
+# %% ../nbs/20_sources.ipynb #a33fbed5
 def _case_masks(case):
     "The mask files of a TotalSegmentator case: one an organ in segmentations/, or a single one of labels."
     organs = tuple(sorted((case / "segmentations").glob("*.nii*")))
-    return organs or tuple(p for p in sorted(case.glob("*.nii*")) if _stem(p) != "ct")[:1]
+    others = tuple(p for p in sorted(case.glob("*.nii*")) if _stem(p) != "ct")
+    if not organs and len(others) > 1:
+        raise DataError(f"{case} has several files that may be its mask, {others[0].name} and {others[1].name}; leave one of them.")
+    return organs or others
 
 
 def _organs_in_all(cases, labels):
@@ -378,7 +381,7 @@ def _seg_source(source, config):
     return Source("DICOM with DICOM SEG", sorted(cases, key=lambda c: (c.patient, c.series)), labelled,
                   (f"{left} series without a mask left out.",) if left else ())
 
-# %% ../nbs/20_sources.ipynb #29791d7a
+# %% ../nbs/20_sources.ipynb #c6f1b6ce
 _BOMB = 100  # times the zip's own size; CT as PNG or DICOM unpacks to less than 10 times, masks alone to 50
 
 
@@ -403,7 +406,7 @@ def _with_mask(members):
     image = re.compile(r"(?:^|/)(?:train|test)_images/[^/]+/([^/]+)/[^/]+\.dcm$")
     return [m for m in members if not masks or not (found := image.search(m.filename)) or found[1] in masks]
 
-
+# %% ../nbs/20_sources.ipynb #3a24e789
 def unpack(
     path: Path,  # a zip file
     folder: Path,  # to unpack into; files that are there already stay

@@ -103,7 +103,7 @@ def test_full_disk_is_one_sentence(kaggle, tmp_path):
     assert not (tmp_path / "data").exists()
     full.unlink(missing_ok=True)
     assert rsna_seg("prepare", kaggle, tmp_path / "data", "--size", 64).returncode == 0
-    assert set(tree(tmp_path / "data")) == set(whole)
+    assert tree(tmp_path / "data") == whole
 
 
 def test_broken_series_do_not_stop_the_others(own_kaggle, tmp_path):
@@ -145,9 +145,13 @@ def test_damage_is_found_and_repaired(kaggle, tmp_path):
     prepare(kaggle, data.folder, config=SMALL)  # a missing file is seen without reading the others
     assert tree(data.folder) == whole
     table = data.folder / "manifest.csv"
-    table.write_text(table.read_text().replace("valid", "train"))
-    prepare(kaggle, data.folder, config=SMALL)
-    assert tree(data.folder) == whole
+    for spoil in (lambda: table.write_text(table.read_text().replace("valid", "train")), lambda: table.write_bytes(b"\xff,\n"), table.unlink):
+        spoil()
+        prepare(kaggle, data.folder, config=SMALL)
+        assert tree(data.folder) == whole
+    (data.folder / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match="dataset.json is damaged"):
+        prepare(kaggle, data.folder, config=SMALL)
 
 
 def test_a_dask_cluster_gives_the_same_bytes(kaggle, tmp_path):
