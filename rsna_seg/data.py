@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['balanced_draw', 'add_split', 'check_patients', 'check_split', 'PrepareConfig', 'SliceData', 'open_data', 'prepare',
-           'SliceDataset', 'EpochSampler', 'make_loader']
+           'SliceDataset', 'StepSampler', 'balanced_weights', 'cores', 'make_loader']
 
-# %% ../nbs/00_data.ipynb #bd0b2808
+# %% ../nbs/00_data.ipynb #9823b711
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -426,28 +427,65 @@ class SliceDataset(Dataset):
             image, mask = self.transform(image, mask, seed=(self.seed, epoch, index))
         return torch.from_numpy(image), torch.from_numpy(mask)
 
-# %% ../nbs/00_data.ipynb #3a3d7181
-class EpochSampler(Sampler):
-    "Numbers `epoch * length + index`, in an order that depends on seed and epoch alone."
+# %% ../nbs/00_data.ipynb #339c103b
+class StepSampler(Sampler):
+    "Batches of numbers `epoch * slices + index`, in steps, in an order that depends on seed and epoch alone."
 
     def __init__(
         self,
-        length: int,  # items an epoch
+        slices: int,  # in an epoch
+        batch_size: int = 32,
+        accumulation: int = 1,  # batches to an optimiser step, over all processes together
+        shuffle: bool = False,  # False: in the order of the manifest
         seed: int = 0,
-        shuffle: bool = True,  # False: in the order of the manifest
+        weights: np.ndarray | None = None,  # chance of each slice to be drawn, with replacement; None: each comes once
+        process: int = 0,  # which one this is
+        processes: int = 1,  # that share the batches of each step
     ):
-        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+        self.slices, self.batch_size, self.virtual_batch = slices, batch_size, batch_size * accumulation
+        self.shuffle, self.seed, self.weights, self.process, self.processes = shuffle, seed, weights, process, processes
+        self.epoch, self.start = 0, 0  # start: steps of the epoch that are done already
+
+    def order(self):  # (slices,)
+        "The epoch's slices, in the order of their turn."
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.weights is not None:
+            return rng.choice(self.slices, self.slices, p=self.weights)
+        return rng.permutation(self.slices) if self.shuffle else np.arange(self.slices)
+
+    def steps(self):  # a list of batches for each step
+        "This process's batches, each as its numbers and its share of the step's slices."
+        keys, steps = (self.epoch * self.slices + self.order()).tolist(), []
+        for first in range(0, self.slices, self.virtual_batch):
+            step = keys[first : first + self.virtual_batch]
+            size = min(self.batch_size, math.ceil(len(step) / self.processes))
+            batches = [(step[i : i + size], len(step[i : i + size]) / len(step)) for i in range(0, len(step), size)]
+            steps.append(batches[self.process :: self.processes] or [(batches[0][0], 0.0)])
+        return steps
 
     def __len__(self):
-        return self.length
+        return sum(len(step) for step in self.steps()[self.start :])
 
     def __iter__(self):
-        order = np.arange(self.length)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return iter((self.epoch * self.length + order).tolist())
+        return iter([keys for step in self.steps()[self.start :] for keys, _ in step])
 
-# %% ../nbs/00_data.ipynb #74ea9263
+# %% ../nbs/00_data.ipynb #e7d09d4f
+def balanced_weights(
+    rows: pd.DataFrame,  # of the manifest
+    organs: list[str],  # keys of the labelled organs
+) -> np.ndarray:  # (slices,), sum 1
+    "Chances of the slices that give each organ, and slices without one, the same weight."
+    shows = (rows[list(organs)] > 0).to_numpy()
+    shows = np.column_stack([shows, ~shows.any(axis=1)])
+    weights = (shows / np.maximum(shows.sum(axis=0), 1)).sum(axis=1)
+    return weights / weights.sum()
+
+# %% ../nbs/00_data.ipynb #62407c2d
+def cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _quiet_worker(_):
     cv2.setNumThreads(0)
 
@@ -456,16 +494,14 @@ def make_loader(
     dataset: SliceDataset,
     batch_size: int = 32,
     workers: int = 16,  # processes, at most one for each core; 0 loads in the training process
-    shuffle: bool = False,
-    seed: int = 0,  # of the order
-) -> DataLoader:  # batches of images and masks, both uint8 (batch, size, size); `loader.sampler.epoch` sets the epoch
+    **order,  # accumulation, shuffle, seed, weights, process and processes of `StepSampler`
+) -> DataLoader:  # batches of images and masks, both uint8; `loader.batch_sampler.epoch` sets the epoch
     "Batches of slices; the last one may be short."
     cv2.setNumThreads(0)
-    workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = min(workers, cores())
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), seed, shuffle),
+        batch_sampler=StepSampler(len(dataset), batch_size, **order),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
