@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitConfig', 'TrainConfig', 'used_settings', 'Run', 'open_run', 'fit', 'open_for_training', 'train']
 
-# %% ../nbs/03_train.ipynb #801b2726
+# %% ../nbs/03_train.ipynb #8613e7ee
 import importlib.util
 import json
 import math
@@ -14,7 +14,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
