@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Demo', 'Fetch', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate', 'Predict', 'parse']
 
-# %% ../nbs/18_commands.ipynb #04665352
+# %% ../nbs/18_commands.ipynb #7eb9696d
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,14 @@ from .data import PrepareConfig, prepare
 from .demo import DemoConfig, demo
 from .evaluate import evaluate, write_evaluation
 from .fetch import MASKED_SERIES, FetchConfig, fetch
+from .files import whole_file
 from .finetune import FinetuneConfig, finetune
-from .plots import save_png, training_curves
+from .model import load_checkpoint
+from .plan import find_lr, plan_run, suggest_lr
+from .plots import learning_rate_curve, save_png, training_curves
 from .predict import Predictor, save_segmentation
 from .quality import inspect_data, write_quality
-from .train import TrainConfig, train
+from .train import TrainConfig, begin_model, open_for_training, open_run, train
 
 # %% ../nbs/18_commands.ipynb #2dec8722
 @dataclass(frozen=True)
@@ -83,11 +86,27 @@ class Inspect:
         page = write_quality(quality, self.out)
         print(quality, f"page: {page}", sep="\n")
 
-# %% ../nbs/18_commands.ipynb #fbc3e37f
+# %% ../nbs/18_commands.ipynb #3c8f74e3
 def _tell(run):
     "Draws the curves into the run's folder and says where the checkpoint is."
     save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
     print(f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}: {run.checkpoint}")
+
+
+def _plan(command):
+    "Prints what a run would do."
+    print(plan_run(command.data, command.config))
+    if (command.out / "history.csv").exists():
+        print(f"{command.out} holds a run with {len(open_run(command.out).history)} epochs; it would go on.")
+
+
+def _try_rates(command, model):
+    "Draws loss by learning rate into the run's folder, and says which to take."
+    table = find_lr(model, open_for_training(command.data, command.config), command.config)
+    with whole_file(command.out / "learning_rates.csv") as part:
+        table.to_csv(part, index=False)
+    save_png(learning_rate_curve(table, suggest_lr(table)), command.out / "learning_rates.png", dpi=160)
+    print(f"suggested: --lr {suggest_lr(table):.1e}; look at {command.out / 'learning_rates.png'}")
 
 
 @dataclass(frozen=True)
@@ -96,10 +115,17 @@ class Train:
 
     data: Annotated[Positional[Path], arg(metavar="DATA")]  # a dataset folder, made by `rsna_seg prepare`
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # the run's folder: checkpoint, history, curves
+    dry_run: bool = False  # print the plan: data, steps, memory, time, what is unlike the recipe; train nothing
+    find_lr: bool = False  # try rising learning rates for 100 steps, draw the loss into OUT, and suggest one; train nothing
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self):
-        _tell(train(self.data, self.out, self.config))
+        if self.dry_run:
+            _plan(self)
+        elif self.find_lr:
+            _try_rates(self, begin_model(self.config))
+        else:
+            _tell(train(self.data, self.out, self.config))
 
 
 @dataclass(frozen=True)
@@ -109,10 +135,18 @@ class Finetune:
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # a .pth of this network
     data: Annotated[Positional[Path], arg(metavar="DATA")]  # a dataset folder, made by `rsna_seg prepare`
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # the run's folder: checkpoint, history, curves
+    dry_run: bool = False  # print the plan: data, steps, memory, time, what is unlike the recipe; train nothing
+    find_lr: bool = False  # try rising learning rates for 100 steps, draw the loss into OUT, and suggest one; train nothing
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self):
-        _tell(finetune(self.checkpoint, self.data, self.out, self.config))
+        if self.dry_run:
+            load_checkpoint(self.checkpoint)
+            _plan(self)
+        elif self.find_lr:
+            _try_rates(self, load_checkpoint(self.checkpoint)[0])
+        else:
+            _tell(finetune(self.checkpoint, self.data, self.out, self.config))
 
 # %% ../nbs/18_commands.ipynb #bce0372a
 @dataclass(frozen=True)

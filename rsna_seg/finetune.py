@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FinetuneConfig', 'finetune']
 
-# %% ../nbs/04_finetune.ipynb #47062b90
+# %% ../nbs/04_finetune.ipynb #5938fa96
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import pandas as pd
 
 from .model import file_sha256, load_checkpoint
 from .train import FitConfig, Run, fit, open_for_training
@@ -28,15 +29,15 @@ class FinetuneConfig(FitConfig):
         "File name of the best checkpoint."
         return "best_mobilenet_rsna_refined.pth"
 
-# %% ../nbs/04_finetune.ipynb #f2eedb48
+# %% ../nbs/04_finetune.ipynb #8807ecc9
 def finetune(
     checkpoint: str | Path,  # a state_dict of this network
     data: str | Path,  # a dataset folder, made by `prepare`
     out: str | Path,  # the run's folder; an interrupted run in it goes on
     config: FinetuneConfig = FinetuneConfig(),
+    watch: Callable[[pd.DataFrame], None] | None = None,  # is given the history after each epoch
 ) -> Run:
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
-    torch.manual_seed(config.seed)
     model, card = load_checkpoint(checkpoint)
-    return fit(model, data, out, config, begin_with=file_sha256(checkpoint), taught=card.labelled)
+    return fit(model, data, out, config, begin_with=file_sha256(checkpoint), taught=card.labelled, watch=watch)
