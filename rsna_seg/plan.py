@@ -192,7 +192,7 @@ def plan_run(
                              f" {math.ceil(config.virtual_batch / fitting)} keeps the virtual batch.")
     return Plan({**lines, **{f"note {i}": note for i, note in enumerate(used["notes"], 1)}}, used, largest)
 
-# %% ../nbs/25_plan.ipynb #b62b2004
+# %% ../nbs/25_plan.ipynb #9d6eefb4
 def find_lr(
     model: nn.Module,  # with the weights to start from; they stay as they are
     data: SliceData,
@@ -200,7 +200,7 @@ def find_lr(
     lowest: float = 1e-6,  # learning rate of the first step
     highest: float = 1.0,  # learning rate of the last step
     steps: int = 100,
-) -> pd.DataFrame:  # lr, loss, and smooth: the loss averaged over the steps before
+) -> pd.DataFrame:  # lr, loss, and smooth: the loss averaged over five steps
     "Loss while the learning rate rises; ends early where it is four times the smallest, or not finite."
     accelerator = start_accelerator(config.mixed_precision)
     criterion = make_criterion(config, data.info["labelled"])
@@ -208,22 +208,25 @@ def find_lr(
     loop.scheduler = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer.optimizer, (highest / lowest) ** (1 / max(steps - 1, 1)))
     slices = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed)
     loader = make_loader(slices, config.batch_size, config.workers, accumulation=config.accumulation, shuffle=True, seed=config.seed)
-    rows, average = [], 0.0
+    rates, losses, ended = [], [], False
     with tqdm(total=steps, desc="learning rates", unit="step") as bar:
-        while len(rows) < steps:
+        while not ended:
             tally = Tally().to(accelerator.device)
             for _ in train_epoch(loop, loader, tally):
-                lr = loop.scheduler.get_last_lr()[0]
+                rate = loop.scheduler.get_last_lr()[0]
                 try:
-                    loss = settle(loop, tally)["loss"]
-                except TrainingError:
-                    return pd.DataFrame(rows)
-                average = 0.9 * average + 0.1 * loss
-                rows.append({"lr": lr, "loss": loss, "smooth": average / (1 - 0.9 ** (len(rows) + 1))})
+                    losses.append(settle(loop, tally)["loss"])
+                except TrainingError:  # not finite
+                    ended = True
+                    break
+                rates.append(rate)
                 bar.update()
-                if len(rows) == steps or rows[-1]["smooth"] > 4 * min(row["smooth"] for row in rows):
-                    return pd.DataFrame(rows)
+                ended = len(losses) == steps or losses[-1] > 4 * min(losses)
+                if ended:
+                    break
             loader.batch_sampler.epoch += 1
+    table = pd.DataFrame({"lr": rates, "loss": losses})
+    return table.assign(smooth=table.loss.rolling(5, center=True, min_periods=1).mean())
 
 
 def suggest_lr(

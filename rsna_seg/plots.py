@@ -132,7 +132,7 @@ class LiveCurves:
         else:
             self.handle.update(fig)
 
-# %% ../nbs/14_plots.ipynb #986d5815
+# %% ../nbs/14_plots.ipynb #48f06760
 def learning_rate_curve(
     table: pd.DataFrame,  # a row a step; columns lr, loss, smooth
     suggested: float | None = None,  # learning rate to mark
@@ -144,8 +144,8 @@ def learning_rate_curve(
     ax.plot(table.lr, table.smooth, color="#0077BB", label="smoothed")
     if suggested:
         ax.axvline(suggested, color="black", linewidth=0.8, linestyle=":", label=f"suggested: {suggested:.1e}")
-    low, high = table.smooth.min(), table.smooth.iloc[0]
-    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(low - 0.2 * (high - low) - 0.01, high + 0.5 * (high - low) + 0.01))
+    low, high = table.loss.min(), table.smooth.iloc[0]
+    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(low - 0.1 * (high - low) - 0.01, high + 0.5 * (high - low) + 0.01))
     ax.legend(frameon=False)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
