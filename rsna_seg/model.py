@@ -6,14 +6,17 @@
 __all__ = ['ENCODER', 'ALL_ORGANS', 'check_encoder', 'imagenet_file', 'build_model', 'as_input', 'marginal_logits', 'SegLoss',
            'file_sha256', 'Card', 'save_checkpoint', 'read_card', 'load_checkpoint']
 
-# %% ../nbs/02_model.ipynb #9d4f3c7a
+# %% ../nbs/02_model.ipynb #807d9e32
 import hashlib
 import json
+import os
 import pickle
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -57,27 +60,53 @@ def imagenet_file(
         raise ConfigError(f"The ImageNet weights {_HUB} cannot be downloaded ({error}): start from random weights with"
                           " --encoder-weights none, or give a file with --encoder-weights FILE.") from error
 
-# %% ../nbs/02_model.ipynb #24d0730f
+# %% ../nbs/02_model.ipynb #87715866
+_PLACES = ("model_state_dict", "state_dict", "model", "net")  # of the weights in a training script's checkpoint
+
+
+def _find_state_dict(stored):
+    "What a file holds, or the dict of weights in it."
+    places = _PLACES if isinstance(stored, dict) else ()
+    return next((stored[name] for name in places if isinstance(stored.get(name), dict)), stored)
+
+
+def _strip_prefix(tensors):
+    "The tensors without what stands before all of their names."
+    start = os.path.commonprefix(list(tensors)).rfind(".") + 1
+    return {key[start:]: tensor for key, tensor in tensors.items()}
+
+# %% ../nbs/02_model.ipynb #11c0b631
+_SCALAR = np.float64(0).__reduce__()[0]  # makes a NumPy scalar out of a pickle; the module had another name before NumPy 2
+_NUMBERS = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+            *{type(np.dtype(kind)) for kind in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
+_INSTEAD = 'where it was made, run torch.save(model.state_dict(), "weights.pth") and give that file'
+
+
 def _read_tensors(path):
     "The tensors in a file by name; raises `ConfigError`."
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give a file with weights.")
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMBERS):
+            stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path} is refused: it is not a plain file of weights, and loading it could run code.") from error
+        raise ConfigError(f"{path} is refused: it is not a plain file of weights but perhaps a whole model, and loading it"
+                          f" could run code; {_INSTEAD}.") from error
     except Exception as error:  # zip, safetensors and torch each have their own
-        raise ConfigError(f"{path} cannot be read as weights ({error}); it may be cut short, copy it again.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ConfigError(f"{path} holds no plain state_dict; save model.state_dict() alone.")
-    return tensors
+        why = str(error).partition(". ")[0] or "it ends too soon"
+        raise ConfigError(f"{path} cannot be read as weights ({why}); it may be cut short, copy it again.") from error
+    tensors = _find_state_dict(stored)
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()):
+        raise ConfigError(f"{path} holds no state_dict, neither by itself nor as {' or '.join(_PLACES)}; {_INSTEAD}.")
+    return _strip_prefix(tensors)
 
 
 def _check_fit(tensors, wanted, path):
     "Raises `ConfigError` with the first key in which two state_dicts differ."
     for key, value in wanted.items():
         if key not in tensors:
-            raise ConfigError(f"{path} does not fit this network: {key} is missing.")
+            raise ConfigError(f"{path} does not fit this network: {key} is missing"
+                              f" (the file begins with {next(iter(tensors), 'nothing')}).")
         if tensors[key].shape != value.shape:
             raise ConfigError(f"{path} does not fit this network: {key} is {tuple(tensors[key].shape)},"
                               f" not {tuple(value.shape)}.")
@@ -127,7 +156,12 @@ def marginal_logits(
     planes[0] = background
     return torch.stack(planes, 1)
 
-# %% ../nbs/02_model.ipynb #c2695b74
+# %% ../nbs/02_model.ipynb #c8e0f0fe
+def _image_dice(logits, masks):
+    "smp's Dice loss of each image by itself, averaged."
+    return torch.func.vmap(smp.losses.DiceLoss("multiclass"))(logits.unsqueeze(1), masks.unsqueeze(1)).mean()
+
+# %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
     "Weighted sum of smp's Dice and focal loss over the background and the labelled organs."
 
@@ -136,11 +170,13 @@ class SegLoss(nn.Module):
         dice: float = 0.5,  # weight of the Dice loss
         focal: float = 0.5,  # weight of the focal loss
         labelled: list[str] = ALL_ORGANS,  # keys of the organs in the masks; the others stand as 0 there
+        dice_over: Literal["batch", "image"] = "batch",  # one Dice of the whole batch, or the mean of each image's own
     ):
         super().__init__()
         self.dice, self.focal, self.labelled = dice, focal, labelled
         self.kept = [c.id for c in CLASSES if c.key in ("background", *labelled)]
-        self.dice_loss, self.focal_loss = smp.losses.DiceLoss("multiclass"), smp.losses.FocalLoss("multiclass")
+        self.dice_loss = {"batch": smp.losses.DiceLoss("multiclass"), "image": _image_dice}[dice_over]
+        self.focal_loss = smp.losses.FocalLoss("multiclass")
 
     def forward(
         self,
@@ -199,7 +235,7 @@ def save_checkpoint(
         with whole_file(path.with_suffix(".json")) as beside:
             beside.write_text(json.dumps({**vars(card), "sha256": sha256}, indent=2))
 
-# %% ../nbs/02_model.ipynb #c3534c61
+# %% ../nbs/02_model.ipynb #c13d9b8f
 def read_card(
     path: str | Path,  # of the checkpoint
 ) -> Card:
@@ -217,7 +253,7 @@ def read_card(
 
 
 def load_checkpoint(
-    path: str | Path,  # a state_dict of this network
+    path: str | Path,  # a state_dict of this network, bare or in a training script's checkpoint
 ) -> tuple[nn.Module, Card]:
     "The network with the checkpoint's weights, in eval mode, and its card; raises `ConfigError` if they do not fit."
     path = Path(path)

@@ -272,13 +272,13 @@ class _Saver:
             _save_last(self.out, {**read_state(self.loop, tally), "history": self.history})
             self.latest = time.monotonic()
 
-# %% ../nbs/03_train.ipynb #ca770f92
+# %% ../nbs/03_train.ipynb #ae23bb29
 def make_criterion(
     config: FitConfig,
     labelled: list[str],  # keys of the organs in the masks
 ) -> SegLoss:
     "The loss that the settings ask for."
-    return SegLoss(config.dice, config.focal, labelled)
+    return SegLoss(config.dice, config.focal, labelled, config.dice_over)
 
 
 def _begin_loop(model, data, config, taught, accelerator):
