@@ -6,7 +6,7 @@
 __all__ = ['balanced_draw', 'add_split', 'check_patients', 'check_split', 'PrepareConfig', 'SliceData', 'open_data', 'prepare',
            'SliceDataset', 'StepSampler', 'balanced_weights', 'cores', 'make_loader']
 
-# %% ../nbs/00_data.ipynb #9823b711
+# %% ../nbs/00_data.ipynb #231d8aed
 import hashlib
 import json
 import math
@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ from joblib import Parallel, delayed
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from .files import DataError, OutputError, whole_file, writing
+from .files import ConfigError, DataError, OutputError, whole_file, writing
 from .organs import ORGANS
 from .pairs import damaged_rows, write_case
 from .scan import to_square
@@ -386,7 +387,7 @@ def _tidy(dest):
         shutil.rmtree(dest / name, ignore_errors=True)
     (dest / "settings.json").unlink(missing_ok=True)
 
-# %% ../nbs/00_data.ipynb #619ad9bf
+# %% ../nbs/00_data.ipynb #d49d4178
 def _read_png(path):
     "Grey pixels (row, col) uint8; raises `DataError`."
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -397,20 +398,33 @@ def _read_png(path):
     return pixels
 
 
+def _stacks(manifest):
+    "Image files of the slice below, the slice itself and the slice above; at an end of a series the slice itself stands in."
+    image = manifest["image"]
+    series = manifest.sort_values("z").groupby(["patient", "series"])["image"]
+    near = {"below": series.shift(1).fillna(image), "itself": image, "above": series.shift(-1).fillna(image)}
+    return pd.DataFrame(near, index=manifest.index)
+
+
 class SliceDataset(Dataset):
-    "Slices of one split as (image, mask), both uint8 (size, size)."
+    "Slices of one split as (image, mask), uint8: the mask (size, size), the image too, or (3, size, size) with its neighbours."
 
     def __init__(
         self,
         data: SliceData,
         split: str,  # "train" or "valid"
         size: int | None = None,  # pixels along both sides; the PNG files' own if None
-        transform=None,  # (image, mask, seed) -> (image, mask)
+        transform=None,  # (image, mask, seed) -> (image, mask); the image (row, col), or (row, col, 3) with its neighbours
         seed: int = 0,  # of the augmentation
+        channels: Literal["copies", "neighbours"] = "copies",  # neighbours: the slice below, the slice itself, the slice above
     ):
+        if channels not in ("copies", "neighbours"):
+            raise ConfigError(f"channels cannot be {channels!r}; give copies or neighbours.")
         self.rows = data.part(split)
         self.images = [str(data.folder / f) for f in self.rows["image"]]
         self.masks = [str(data.folder / f) for f in self.rows["mask"]]
+        stacks = data.manifest[["image"]] if channels == "copies" else _stacks(data.manifest)
+        self.stacks = [[str(data.folder / f) for f in files] for files in stacks[data.manifest.split == split].to_numpy()]
         self.size, self.transform, self.seed = size or data.info["size"], transform, seed
 
     def __len__(self):
@@ -421,10 +435,12 @@ class SliceDataset(Dataset):
         key: int,  # epoch * len(self) + index
     ):
         epoch, index = divmod(int(key), len(self))
-        image = to_square(_read_png(self.images[index]), self.size)
+        planes = [to_square(_read_png(file), self.size) for file in self.stacks[index]]
+        image = planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
         mask = to_square(_read_png(self.masks[index]), self.size, mask=True)
         if self.transform is not None:
             image, mask = self.transform(image, mask, seed=(self.seed, epoch, index))
+        image = image if image.ndim == 2 else image.transpose(2, 0, 1)
         return torch.from_numpy(image), torch.from_numpy(mask)
 
 # %% ../nbs/00_data.ipynb #339c103b

@@ -72,7 +72,7 @@ class Evaluation:
     def _repr_html_(self):
         return self.table.round(4).to_html()
 
-# %% ../nbs/05_evaluate.ipynb #eaa67fa9
+# %% ../nbs/05_evaluate.ipynb #ee1133c9
 @torch.inference_mode()
 def evaluate(
     checkpoint: str | Path,  # a state_dict of this network
@@ -91,7 +91,8 @@ def evaluate(
         raise DataError(f"{data.folder} has the window {data.info['level']:g}/{data.info['width']:g} but {checkpoint} was"
                         f" trained with {card.level:g}/{card.width:g}; prepare the data with the same window.")
     model.to(device)
-    slices, counts, roc, labelled = SliceDataset(data, split, card.size), [], RocHistogram(), data.info["labelled"]
+    slices = SliceDataset(data, split, card.size, channels=card.channels)
+    counts, roc, labelled = [], RocHistogram(), data.info["labelled"]
     for images, masks in tqdm(make_loader(slices, batch_size, workers), desc="evaluate", unit="batch"):
         images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         logits = marginal_logits(model(as_input(images)), card.labelled)
@@ -117,7 +118,7 @@ def roc_figure(
     auc = result.roc.auc()
     return roc_curves({o.key: result.roc.curve(o.id) for o in ORGANS}, {o.key: auc[o.id] for o in ORGANS})
 
-# %% ../nbs/05_evaluate.ipynb #4e30e500
+# %% ../nbs/05_evaluate.ipynb #c966aeec
 def slice_dice(
     result: Evaluation,
 ) -> np.ndarray:  # 0..1, NaN for a slice without organs
@@ -133,7 +134,7 @@ def example_figure(
     "Input, truth and prediction of the worst, the middle and the best slice; raises `DataError` without organs."
     model, card = load_checkpoint(result.checkpoint)
     data = open_data(data, result.fold)
-    slices, scores = SliceDataset(data, result.split, card.size), slice_dice(result)
+    slices, scores = SliceDataset(data, result.split, card.size, channels=card.channels), slice_dice(result)
     order = np.argsort(scores)[: np.isfinite(scores).sum()]
     if not len(order):
         raise DataError(f"{data.folder} shows no labelled organ in its {result.split} slices; there is nothing to score.")
@@ -142,7 +143,8 @@ def example_figure(
     logits = model(as_input(torch.stack([image for image, _ in pairs])))
     found = marginal_logits(logits, card.labelled).argmax(1).numpy()
     titles = [f"{name}: Dice {scores[i]:.2f}\npatient {result.rows.patient[i]}, z = {result.rows.z[i]}" for name, i in chosen.items()]
-    return triptychs([image.numpy() for image, _ in pairs], [mask.numpy() for _, mask in pairs], found, titles)
+    greys = [image if card.channels == "copies" else image[1] for image, _ in pairs]
+    return triptychs([grey.numpy() for grey in greys], [mask.numpy() for _, mask in pairs], found, titles)
 
 # %% ../nbs/05_evaluate.ipynb #e27a0991
 def _summary(result, volumes):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FinetuneConfig', 'finetune']
 
-# %% ../nbs/04_finetune.ipynb #5938fa96
+# %% ../nbs/04_finetune.ipynb #224ff986
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from .files import ConfigError
 from .model import file_sha256, load_checkpoint
 from .train import FitConfig, Run, fit, open_for_training
 
@@ -29,7 +30,7 @@ class FinetuneConfig(FitConfig):
         "File name of the best checkpoint."
         return "best_mobilenet_rsna_refined.pth"
 
-# %% ../nbs/04_finetune.ipynb #8807ecc9
+# %% ../nbs/04_finetune.ipynb #00588573
 def finetune(
     checkpoint: str | Path,  # a state_dict of this network
     data: str | Path,  # a dataset folder, made by `prepare`
@@ -40,4 +41,7 @@ def finetune(
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
     model, card = load_checkpoint(checkpoint)
+    if Path(checkpoint).with_suffix(".json").exists() and card.channels != config.channels:  # a bare file does not say
+        raise ConfigError(f"{checkpoint} was trained with --channels {card.channels}, not {config.channels};"
+                          f" fine-tune it with --channels {card.channels}.")
     return fit(model, data, out, config, begin_with=file_sha256(checkpoint), taught=card.labelled, watch=watch)

@@ -128,13 +128,13 @@ def build_model(
         _load_encoder(model, imagenet_file() if encoder_weights == "imagenet" else Path(encoder_weights))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../nbs/02_model.ipynb #2ae40b86
+# %% ../nbs/02_model.ipynb #4712c349
 def as_input(
-    images: torch.Tensor,  # uint8, (batch, row, col), windowed
+    images: torch.Tensor,  # uint8, windowed, (batch, row, col), or (batch, 3, row, col) with neighbours
 ) -> torch.Tensor:  # float32, (batch, 3, row, col), -1..1
-    "Three equal channels, scaled as the encoder's ImageNet weights want them."
-    grey = images.unsqueeze(1).float().div_(127.5).sub_(1)
-    return grey.expand(-1, 3, -1, -1)
+    "Three channels, equal ones of a lone slice, scaled as the encoder's ImageNet weights want them."
+    grey = images if images.ndim == 4 else images.unsqueeze(1)
+    return grey.float().div_(127.5).sub_(1).expand(-1, 3, -1, -1)
 
 # %% ../nbs/02_model.ipynb #55d3f08f
 ALL_ORGANS = tuple(o.key for o in ORGANS)
@@ -190,7 +190,7 @@ class SegLoss(nn.Module):
             masks = sum(place * (masks == i) for place, i in enumerate(self.kept))
         return self.dice * self.dice_loss(logits, masks) + self.focal * self.focal_loss(logits, masks)
 
-# %% ../nbs/02_model.ipynb #a9db9d0c
+# %% ../nbs/02_model.ipynb #9d8c4612
 def file_sha256(
     path: str | Path,
 ) -> str:
@@ -212,12 +212,17 @@ class Card:
     level: float = 50.0  # HU in the middle of the window
     width: float = 400.0  # HU from black to white
     encoder: str = ENCODER
+    channels: Literal["copies", "neighbours"] = "copies"  # what `SliceDataset` gives as input; older cards mean copies
     labelled: list[str] = field(default_factory=lambda: list(ALL_ORGANS))  # organs that the network was taught
     config: dict = field(default_factory=dict)  # settings of the run
     dataset: str = ""  # fingerprint of the dataset folder
     metrics: dict = field(default_factory=dict)  # on the validation slices
     sha256: str = ""  # of the checkpoint file
     versions: dict = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
+
+    def __post_init__(self):
+        if self.channels not in ("copies", "neighbours"):
+            raise ConfigError(f"channels cannot be {self.channels!r}; it is copies or neighbours")
 
 
 def save_checkpoint(

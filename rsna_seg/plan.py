@@ -150,10 +150,10 @@ def unlike_recipe(
     flat = [{**settings, **settings.pop("augment")} for settings in (given, recipe)]
     return {name: (flat[0][name], flat[1][name]) for name in flat[0] if flat[0][name] != flat[1][name]}
 
-# %% ../nbs/25_plan.ipynb #00db5e31
+# %% ../nbs/25_plan.ipynb #3ad29079
 def _loading_seconds(data, config, slices=16):
     "Seconds that one process takes to load and augment a slice."
-    some = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed)
+    some = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed, config.channels)
     start = time.perf_counter()
     for i in range(slices):
         some[i % len(some)]
@@ -192,7 +192,7 @@ def plan_run(
                              f" {math.ceil(config.virtual_batch / fitting)} keeps the virtual batch.")
     return Plan({**lines, **{f"note {i}": note for i, note in enumerate(used["notes"], 1)}}, used, largest)
 
-# %% ../nbs/25_plan.ipynb #9d6eefb4
+# %% ../nbs/25_plan.ipynb #d49e480d
 def find_lr(
     model: nn.Module,  # with the weights to start from; they stay as they are
     data: SliceData,
@@ -206,7 +206,7 @@ def find_lr(
     criterion = make_criterion(config, data.info["labelled"])
     loop = make_loop(accelerator, copy.deepcopy(model), criterion, ALL_ORGANS, lowest, steps, config.weight_decay, clip=config.clip, most_skipped=1)
     loop.scheduler = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer.optimizer, (highest / lowest) ** (1 / max(steps - 1, 1)))
-    slices = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed)
+    slices = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed, config.channels)
     loader = make_loader(slices, config.batch_size, config.workers, accumulation=config.accumulation, shuffle=True, seed=config.seed)
     rates, losses, ended = [], [], False
     with tqdm(total=steps, desc="learning rates", unit="step") as bar:

@@ -88,7 +88,7 @@ def save_segmentation(
     save_png(result.figure(), out / "preview.png", dpi=160)
     return out / "organs.nii.gz"
 
-# %% ../nbs/06_predict.ipynb #741e1bf6
+# %% ../nbs/06_predict.ipynb #4c6ffecd
 class Predictor:
     "Segments scans with a checkpoint."
 
@@ -103,9 +103,12 @@ class Predictor:
         self.model, self.batch_size = model.to(self.device), batch_size
 
     @torch.inference_mode()
-    def _classes(self, planes):  # HU, (batch, row, col)
-        card, shape = self.card, planes.shape[1:]
-        squares = np.stack([to_square(grey, card.size) for grey in window(planes, card.level, card.width)])
+    def _classes(self, hu, z):  # the scan's HU, (z, row, col); ranks of the batch's slices
+        card, shape = self.card, hu.shape[1:]
+        if card.channels == "neighbours":
+            z = np.clip(z[:, None] + [-1, 0, 1], 0, len(hu) - 1)
+        low, high = z.min(), z.max() + 1
+        squares = np.stack([to_square(grey, card.size) for grey in window(hu[low:high], card.level, card.width)])[z - low]
         logits = self.model(as_input(torch.from_numpy(squares).to(self.device)))
         logits = marginal_logits(from_square(logits, *shape), card.labelled)
         return logits.argmax(1).to(torch.uint8).cpu().numpy()
@@ -116,6 +119,7 @@ class Predictor:
     ) -> Segmentation:
         "The scan's organs; raises `ScanError` if it cannot be read."
         scan = scan if isinstance(scan, Scan) else read_scan(scan)
-        starts = tqdm(range(0, len(scan.hu), self.batch_size), desc="predict", unit="batch")
-        mask = np.concatenate([self._classes(scan.hu[i : i + self.batch_size]) for i in starts])
+        ranks = np.arange(len(scan.hu))
+        batches = np.split(ranks, ranks[self.batch_size :: self.batch_size])
+        mask = np.concatenate([self._classes(scan.hu, z) for z in tqdm(batches, desc="predict", unit="batch")])
         return Segmentation(mask, scan, self.card.level, self.card.width, self.card.labelled)

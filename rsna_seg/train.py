@@ -33,7 +33,7 @@ from .metrics import dice, mean_organs, pixel_accuracy
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .organs import ORGANS
 
-# %% ../nbs/03_train.ipynb #136224ed
+# %% ../nbs/03_train.ipynb #b5f97a79
 @dataclass(frozen=True)
 class FitConfig:
     "Settings of a training run."
@@ -58,6 +58,7 @@ class FitConfig:
     patience: int | None = None  # epochs without a better validation Dice after which the run ends; saves time on a plateau
     freeze_epochs: int = 0  # first epochs in which the encoder does not learn; for fine-tuning on few or very other slices
     balance: bool = False  # draw slices so that each organ comes up equally often; for data in which one is rare
+    channels: Literal["copies", "neighbours"] = "copies"  # neighbours (2.5-D): where organs that look alike are confused
     dice_over: Literal["batch", "image"] = "batch"  # image: Dice of each slice, whose gradients add up exactly
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where to log besides history.csv
 
@@ -191,7 +192,7 @@ def _stalled(history, patience):
 def _finished(history, config):
     return len(history) >= config.epochs or _stalled(history, config.patience)
 
-# %% ../nbs/03_train.ipynb #7aa518c1
+# %% ../nbs/03_train.ipynb #6bd6b8d4
 def _row(epoch, tally, train_matrix, valid, memory):
     "The epoch's line in history.csv; `valid` is loss and confusion matrix."
     valid_loss, valid_matrix = valid
@@ -213,16 +214,16 @@ def _keep(out, network, data, taught, config, history):
     if before and not row["valid_dice"] > max(b["valid_dice"] for b in before):
         return
     info, metrics = data.info, {k: v for k, v in row.items() if k.startswith("valid_") and not math.isnan(v)}
-    card = Card(size=config.size, level=info["level"], width=info["width"], labelled=taught, config=asdict(config),
-                dataset=info["fingerprint"], metrics=metrics)
+    card = Card(size=config.size, level=info["level"], width=info["width"], channels=config.channels, labelled=taught,
+                config=asdict(config), dataset=info["fingerprint"], metrics=metrics)
     with writing(out):
         save_checkpoint(network, out / config.checkpoint, card)
 
-# %% ../nbs/03_train.ipynb #5bf2df6c
+# %% ../nbs/03_train.ipynb #baade387
 def _loaders(data, config, accelerator):
     "Training and validation batches of this process."
-    train = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed)
-    valid = SliceDataset(data, config.validate_on, config.size)
+    train = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed, config.channels)
+    valid = SliceDataset(data, config.validate_on, config.size, channels=config.channels)
     shared = {"workers": config.workers, "process": accelerator.process_index, "processes": accelerator.num_processes}
     weights = balanced_weights(train.rows, data.info["labelled"]) if config.balance else None
     return (make_loader(train, config.batch_size, accumulation=config.accumulation, shuffle=True, seed=config.seed, weights=weights, **shared),
