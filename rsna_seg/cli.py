@@ -74,3 +74,7 @@ def main(
         _run(argv[0], argv[1:])
     else:
         sys.exit(_complain("", f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}."))
+
+# %% ../nbs/16_cli.ipynb #24b24be5
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # there is a prompt, sys.ps1, where a notebook runs this cell
+    main()

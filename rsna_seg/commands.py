@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Demo', 'Fetch', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate', 'Predict', 'parse']
 
-# %% ../nbs/18_commands.ipynb #7eb9696d
+# %% ../nbs/18_commands.ipynb #f8be9fce
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -86,11 +88,14 @@ class Inspect:
         page = write_quality(quality, self.out)
         print(quality, f"page: {page}", sep="\n")
 
-# %% ../nbs/18_commands.ipynb #3c8f74e3
+# %% ../nbs/18_commands.ipynb #a74722db
 def _tell(run):
-    "Draws the curves into the run's folder and says where the checkpoint is."
-    save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-    print(f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}: {run.checkpoint}")
+    "Draws the curves into the run's folder and says where the checkpoint is; of several processes the first does."
+    if os.environ.get("RANK", "0") == "0":
+        save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
+        print(f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}: {run.checkpoint}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _plan(command):

@@ -496,10 +496,11 @@ def balanced_weights(
     weights = (shows / np.maximum(shows.sum(axis=0), 1)).sum(axis=1)
     return weights / weights.sum()
 
-# %% ../nbs/00_data.ipynb #62407c2d
+# %% ../nbs/00_data.ipynb #83eff1fe
 def cores() -> int:
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    "Processor cores for this process: its share, where several train on the machine."
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by the launcher of several processes
 
 
 def _quiet_worker(_):

@@ -27,7 +27,7 @@ from .files import ConfigError, TrainingError
 from .metrics import Confusion, dice, mean_organs, merge_unlabelled
 from .model import SegLoss, as_input, marginal_logits
 
-# %% ../nbs/24_loop.ipynb #b8800866
+# %% ../nbs/24_loop.ipynb #8a1ed6e3
 def pick_precision(
     wanted: str,  # "auto", "no", "fp16" or "bf16"
 ) -> str:
@@ -49,7 +49,7 @@ def start_accelerator(
     "Device, precision and processes of a run; cuDNN may time its ways and take the fastest."
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one may have set another precision
     torch.backends.cudnn.benchmark = True
-    processes = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    processes = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=pick_precision(wanted), kwargs_handlers=[processes], **settings)
 
 # %% ../nbs/24_loop.ipynb #82a418c2
@@ -63,7 +63,7 @@ def peak_memory(
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-# %% ../nbs/24_loop.ipynb #51b83133
+# %% ../nbs/24_loop.ipynb #705ee380
 @dataclass
 class Loop:
     "Network, optimiser, schedule and loss of a training."
@@ -91,6 +91,14 @@ class Loop:
         return self.network if self.average is None else self.average
 
 
+def _shared(accelerator, network):
+    "The network as the processes train it together; BatchNorm's statistics are left to `_join`."
+    model = accelerator.prepare_model(network)
+    if accelerator.num_processes > 1:
+        model.broadcast_buffers = False
+    return model
+
+
 def make_loop(
     accelerator: Accelerator,
     model: nn.Module,
@@ -107,7 +115,7 @@ def make_loop(
         loop.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     loop.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    loop.model, loop.optimizer = accelerator.prepare(model, optimizer)
+    loop.model, loop.optimizer = _shared(accelerator, model), accelerator.prepare_optimizer(optimizer)
     return loop
 
 # %% ../nbs/24_loop.ipynb #0f9763b6
@@ -147,7 +155,7 @@ def add_gradients(
             confusion.update(marginal_logits(logits.detach(), loop.taught).argmax(1), masks)
     return _join(loop, loss, confusion.counts.to(device))
 
-# %% ../nbs/24_loop.ipynb #4e764808
+# %% ../nbs/24_loop.ipynb #019eb4b8
 def make_step(
     loop: Loop,
     before: list[torch.Tensor],  # BatchNorm's statistics before the step's batches
@@ -166,16 +174,16 @@ def make_step(
     for buffer, old in zip(_floats(loop.network), before):
         buffer.copy_(torch.where(good, buffer, old))
     if loop.average is not None:
-        _follow(loop)
+        _follow(loop, good)
     return good
 
 
 @torch.no_grad()
-def _follow(loop):
-    "Moves the average a little towards the weights."
+def _follow(loop, good):
+    "Moves the average a little towards the weights, if they moved."
     decay = min(loop.decay, (1 + loop.steps) / (10 + loop.steps))
     both = [chain(module.parameters(), module.buffers()) for module in (loop.average, loop.network)]
-    pairs = [(mean, new.detach()) for mean, new in zip(*both)]
+    pairs = [(mean, torch.where(good, new.detach(), mean)) for mean, new in zip(*both)]
     floats = [(mean, new) for mean, new in pairs if mean.is_floating_point()]
     get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
     for mean, new in pairs:
@@ -294,7 +302,7 @@ def valid_epoch(
     confusion.counts = loop.accelerator.reduce(confusion.counts.to(device), "sum")
     return loss.item() / loader.batch_sampler.slices, merge_unlabelled(confusion.matrix(), loop.criterion.labelled)
 
-# %% ../nbs/24_loop.ipynb #843e38ef
+# %% ../nbs/24_loop.ipynb #0d16a573
 def is_frozen(
     network: nn.Module,
 ) -> bool:
@@ -311,7 +319,7 @@ def freeze_encoder(
     if is_frozen(loop.network) != frozen:
         loop.network.encoder.requires_grad_(not frozen)
         if loop.accelerator.num_processes > 1:  # what is summed over the processes has changed
-            loop.model = loop.accelerator.prepare_model(loop.network)
+            loop.model = _shared(loop.accelerator, loop.network)
 
 # %% ../nbs/24_loop.ipynb #acff2961
 def read_state(

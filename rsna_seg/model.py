@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'ALL_ORGANS', 'check_encoder', 'imagenet_file', 'build_model', 'as_input', 'marginal_logits', 'SegLoss',
-           'file_sha256', 'Card', 'save_checkpoint', 'read_card', 'load_checkpoint']
+           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint']
 
-# %% ../nbs/02_model.ipynb #807d9e32
+# %% ../nbs/02_model.ipynb #b60cfe6e
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -190,7 +191,7 @@ class SegLoss(nn.Module):
             masks = sum(place * (masks == i) for place, i in enumerate(self.kept))
         return self.dice * self.dice_loss(logits, masks) + self.focal * self.focal_loss(logits, masks)
 
-# %% ../nbs/02_model.ipynb #9d8c4612
+# %% ../nbs/02_model.ipynb #052f3206
 def file_sha256(
     path: str | Path,
 ) -> str:
@@ -225,6 +226,16 @@ class Card:
             raise ConfigError(f"channels cannot be {self.channels!r}; it is copies or neighbours")
 
 
+def write_tensors(
+    content,  # tensors and numbers, as `torch.save` takes them
+    path: Path,
+):
+    "Writes what `torch.save` writes: the same content as the same bytes, and a full disk is an `OSError`."
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def save_checkpoint(
     model: nn.Module,
     path: str | Path,  # ends in .pth; the card gets the same stem and .json
@@ -234,8 +245,7 @@ def save_checkpoint(
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole_file(path) as part:
-        with open(part, "wb") as file:  # a file without a name: the same weights give the same bytes
-            torch.save(state, file)
+        write_tensors(state, part)
         sha256 = file_sha256(part)
         with whole_file(path.with_suffix(".json")) as beside:
             beside.write_text(json.dumps({**vars(card), "sha256": sha256}, indent=2))

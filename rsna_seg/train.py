@@ -6,14 +6,14 @@
 __all__ = ['FitConfig', 'TrainConfig', 'used_settings', 'Run', 'open_run', 'make_criterion', 'fit', 'open_for_training',
            'begin_model', 'train']
 
-# %% ../nbs/03_train.ipynb #def6ea2c
+# %% ../nbs/03_train.ipynb #1cb50726
 import importlib.util
 import json
 import math
 import os
-import pickle
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Literal
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,10 +31,10 @@ from .data import SliceData, SliceDataset, balanced_weights, cores, make_loader,
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .loop import Tally, freeze_encoder, make_loop, peak_memory, put_state, read_state, start_accelerator, train_epoch, valid_epoch
 from .metrics import dice, mean_organs, pixel_accuracy
-from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
+from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint, write_tensors
 from .organs import ORGANS
 
-# %% ../nbs/03_train.ipynb #b5f97a79
+# %% ../nbs/03_train.ipynb #870bc46d
 @dataclass(frozen=True)
 class FitConfig:
     "Settings of a training run."
@@ -69,6 +70,8 @@ class FitConfig:
             raise ConfigError("batch_size, accumulation, epochs, most_skipped and lr are positive; workers and seed are not negative.")
         if not 0 <= self.ema < 1 or min(self.save_minutes, self.freeze_epochs, self.weight_decay, self.dice, self.focal) < 0:
             raise ConfigError("ema is at least 0 and below 1; save_minutes, freeze_epochs, weight_decay, dice and focal are not negative.")
+        if not all(map(math.isfinite, (self.lr, self.weight_decay, self.dice, self.focal, self.clip or 0))):
+            raise ConfigError("lr, weight_decay, dice, focal and clip are finite numbers.")
         if (self.clip is not None and self.clip <= 0) or (self.patience is not None and self.patience < 1) or self.dice + self.focal == 0:
             raise ConfigError("clip and patience are positive where they are given, and dice or focal has a weight.")
 
@@ -89,7 +92,7 @@ class TrainConfig(FitConfig):
         "File name of the best checkpoint."
         return {"first": "best_model_512.pth", "base": "best_mobilenet.pth"}[self.preset]
 
-# %% ../nbs/03_train.ipynb #4092d884
+# %% ../nbs/03_train.ipynb #bf9d8f9f
 def used_settings(
     config: FitConfig,
     slices: int,  # to train on
@@ -102,14 +105,13 @@ def used_settings(
         "workers": min(config.workers, cores()), "virtual_batch": virtual,
         "batch_size": min(config.batch_size, math.ceil(virtual / processes)), "steps_per_epoch": math.ceil(slices / config.virtual_batch),
     }  # fmt: skip
-    notes = []
+    notes, each = [], f" on each of {processes} processes" if processes > 1 else ""
     if virtual < config.virtual_batch:
         notes.append(f"{slices} training slices are fewer than the virtual batch of {config.virtual_batch}: a step is over all of them.")
     if used["batch_size"] < config.batch_size:
-        shared = f" on each of {processes} processes" if processes > 1 else ""
-        notes.append(f"Batches of {used['batch_size']} slices{shared} instead of {config.batch_size} make up a step.")
+        notes.append(f"Batches of {used['batch_size']} slices{each} instead of {config.batch_size} make up a step.")
     if used["workers"] < config.workers:
-        notes.append(f"{used['workers']} loader workers instead of {config.workers}: one for each core.")
+        notes.append(f"{used['workers']} loader workers{each} instead of {config.workers}: one for each core.")
     return {**used, "notes": notes}
 
 # %% ../nbs/03_train.ipynb #2ea3107b
@@ -136,7 +138,7 @@ def open_run(
     checkpoint = json.loads((folder / "config.json").read_text())["checkpoint"]
     return Run(folder, folder / checkpoint, pd.read_csv(folder / "history.csv"))
 
-# %% ../nbs/03_train.ipynb #787f3a9b
+# %% ../nbs/03_train.ipynb #6e8c7264
 def _last(out):
     "Where a run keeps the state to resume from."
     return Path(out) / "last" / "state.pt"
@@ -150,8 +152,7 @@ def _states(out):
 def _save_last(out, state):
     "Replaces the state to resume from, and keeps the one before."
     with writing(_last(out)), whole_file(_last(out)) as part:
-        with open(part, "wb") as file:
-            torch.save(state, file)
+        write_tensors(state, part)
         if _last(out).exists():
             os.replace(_last(out), _last(out).with_name("previous.pt"))
 
@@ -160,9 +161,14 @@ def _load_last(out):
     "The latest state that can be read, None if there is none; raises `ConfigError` if all are damaged."
     for path in _states(out):
         try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} in it is not what was written")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read ({str(error).splitlines()[0]}).", file=sys.stderr)
+        except Exception as error:  # zip, pickle and torch each have their own
+            reason = str(error).split("\n")[0]
+            print(f"{path} cannot be read ({reason}).", file=sys.stderr)
     if _states(out):
         raise ConfigError(f"{_last(out).parent} holds no state that can be read; delete it to begin the run anew.")
     return None
@@ -219,7 +225,7 @@ def _keep(out, network, data, taught, config, history):
     with writing(out):
         save_checkpoint(network, out / config.checkpoint, card)
 
-# %% ../nbs/03_train.ipynb #baade387
+# %% ../nbs/03_train.ipynb #b26445dd
 def _loaders(data, config, accelerator):
     "Training and validation batches of this process."
     train = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed, config.channels)
@@ -236,6 +242,14 @@ def _start(config, out):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--trackers {name} needs the package {name}: pip install {name}")
     return start_accelerator(config.mixed_precision, log_with=list(config.trackers) or None, project_dir=str(out))
+
+
+def _check_alike(out, settings, state):
+    "Raises `ConfigError` unless all processes have the same settings and data, and go on from the same step."
+    mine = [settings, (len(state["history"]), state["tally"]["step"]) if state else None]
+    if any(other != mine for other in gather_object([mine])):
+        raise ConfigError(f"The processes do not see the same settings, dataset or state in {out}: start them with the same command,"
+                          " on equal dataset folders, and keep the run's folder on storage that all machines share.")
 
 
 def _describe(out, settings, used, accelerator):
@@ -273,7 +287,7 @@ class _Saver:
             _save_last(self.out, {**read_state(self.loop, tally), "history": self.history})
             self.latest = time.monotonic()
 
-# %% ../nbs/03_train.ipynb #ae23bb29
+# %% ../nbs/03_train.ipynb #171f101d
 def make_criterion(
     config: FitConfig,
     labelled: list[str],  # keys of the organs in the masks
@@ -309,8 +323,9 @@ def fit(
     if state:
         _check_begun(out, settings)
     history = state["history"] if state else []
+    accelerator = _start(config, out)
+    _check_alike(out, settings, state)
     if not _finished(history, config):
-        accelerator = _start(config, out)
         loop, loaders, used = _begin_loop(model, data, config, taught, accelerator)
         tally = put_state(loop, state) if state else Tally()
         _describe(out, settings, used, accelerator)
@@ -319,7 +334,9 @@ def fit(
         except TrainingError as error:
             kept = f"{out / config.checkpoint} of an earlier epoch is kept" if history else "There is no checkpoint yet"
             raise TrainingError(f"{error} {kept}.") from error
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would part the processes, and another run may follow
+            tracker.finish()
+        accelerator.wait_for_everyone()  # the checkpoint is written
     return Run(out, out / config.checkpoint, pd.DataFrame(history))
 
 # %% ../nbs/03_train.ipynb #da87ef6a

@@ -1,0 +1,210 @@
+"How many slices per second does training take in at 512 px, against the usual loop, and does it learn the same?"
+
+import os
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from loading import TutorialDataset
+from rounds import arguments, report, speeds, summary
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from rsna_seg.augment import Augment
+from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, open_data, prepare
+from rsna_seg.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
+from rsna_seg.model import ALL_ORGANS, ENCODER, SegLoss, as_input, build_model
+from rsna_seg.organs import CLASSES
+from rsna_seg.phantom import write_kaggle
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BATCH, ACCUMULATION, SLICES = (32, 4, 1024) if GPU else (4, 2, 8)  # slices of a round
+CURVE = 17  # steps of one batch, whose losses are compared; the last one's is not looked at
+LR, STEPS = 1e-3, 1000  # of the cosine
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = pick_precision("auto")
+OURS = "rsna_seg, float32" if PRECISION == "no" else f"rsna_seg, {PRECISION}"
+OURS32, USUAL = "rsna_seg, float32", "the usual loop, float32"
+
+
+class Timed:
+    "A loader that notes how long its batches are waited for, after the first of an epoch."
+
+    def __init__(self, loader):
+        self.loader, self.batch_sampler, self.waited = loader, loader.batch_sampler, 0.0
+
+    def __iter__(self):
+        batches, self.waited = iter(self.loader), 0.0
+        yield next(batches)
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+
+def first_weights():
+    "The weights that all begin with."
+    torch.manual_seed(0)
+    return build_model(encoder_weights="none").state_dict()
+
+
+def repeated(dataset, slices):
+    "So many slices of the dataset, from the beginning again where it has fewer."
+    return Subset(dataset, [i % len(dataset) for i in range(slices)])
+
+
+def ours(data, precision, slices, accumulation, augment):
+    "An epoch of `rsna_seg train`, as a function that gives the steps' losses but the last, and its loader."
+    dataset = SliceDataset(data, "train", transform=Augment() if augment else None)
+    loader = Timed(make_loader(repeated(dataset, slices), BATCH, accumulation=accumulation, shuffle=True))
+    model = build_model(encoder_weights="none")
+    model.load_state_dict(first_weights())
+    loop = make_loop(start_accelerator(precision), model, SegLoss(), list(ALL_ORGANS), LR, STEPS)
+    return lambda: [news["loss"] for _, news in train_epoch(loop, loader, Tally().to(DEVICE)) if news], loader
+
+
+def usual(data, precision, slices, accumulation, augment, seed=0):
+    "The same as most tutorials write it; `seed` is of the order."
+    dataset = TutorialDataset(SliceDataset(data, "train"))
+    dataset.augment = dataset.augment if augment else A.Compose([])
+    batches = list(StepSampler(slices, BATCH, shuffle=True, seed=seed))
+    loader = DataLoader(repeated(dataset, slices), batch_sampler=batches, num_workers=os.cpu_count(), pin_memory=GPU, persistent_workers=True)
+    model = smp.Unet(encoder_name=ENCODER, encoder_weights=None, in_channels=3, classes=len(CLASSES)).to(DEVICE).train()
+    model.load_state_dict(first_weights())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
+    dice_loss, focal_loss = smp.losses.DiceLoss("multiclass"), smp.losses.FocalLoss("multiclass")
+
+    def epoch():
+        losses, matrix = [], np.zeros((len(CLASSES), len(CLASSES)))
+        optimizer.zero_grad()
+        for i, (images, masks) in enumerate(loader, 1):
+            images, masks = images.to(DEVICE), masks.to(DEVICE)
+            with torch.autocast(DEVICE, DTYPES[precision], enabled=precision != "no"):
+                logits = model(images)
+            logits = logits.float()
+            loss = 0.5 * dice_loss(logits, masks) + 0.5 * focal_loss(logits, masks)
+            (loss / accumulation).backward()
+            losses.append(loss.item())
+            pairs = len(CLASSES) * masks.cpu().numpy() + logits.argmax(1).cpu().numpy()
+            matrix += np.bincount(pairs.ravel(), minlength=matrix.size).reshape(matrix.shape)
+            2 * np.diag(matrix) / np.maximum(matrix.sum(0) + matrix.sum(1), 1)  # Dice, for the progress bar
+            if i % accumulation == 0:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        return losses
+
+    return epoch, None
+
+
+WAYS = {OURS: (ours, PRECISION), OURS32: (ours, "no"), USUAL: (usual, "no")}
+
+
+@cache
+def training(folder, way, precision, *work):
+    "What has been built for these words, in a process of its own."
+    return way(open_data(folder), precision, *work)
+
+
+@dataclass
+class Epoch:
+    "What a process saw of an epoch."
+    losses: list[float]
+    waited: float | None  # share of its time, None where it is not known
+    memory: float  # most that the process, or the GPU, has used so far, GB
+
+
+def train(*words):
+    "One epoch."
+    run, loader = training(*words)
+    start = time.perf_counter()
+    losses = run()
+    if GPU:
+        torch.cuda.synchronize()
+    waited = loader.waited / (time.perf_counter() - start) if loader else None
+    memory = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux
+    return Epoch(losses, waited, memory / 1e9)
+
+
+def gflop_of_a_slice():
+    "Of the network's convolutions, forward and backward; the counter's own backward takes depthwise convolutions for dense ones."
+    with FlopCounterMode(display=False) as counter:
+        build_model(encoder_weights="none").to("meta")(as_input(torch.zeros(1, 512, 512, dtype=torch.uint8, device="meta")).expand(2, -1, -1, -1))
+    return 3 * counter.get_total_flops() / 2 / 1e9
+
+
+def products(precision, rounds):
+    "Matrix products of this machine, GFLOP/s."
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN does for convolutions in float32
+    size, times = (8192, 100) if GPU else (2048, 5)
+    a, b = torch.randn(2, size, size, device=DEVICE).to(DTYPES[precision])
+
+    def multiply():
+        for _ in range(times):
+            product = torch.mm(a, b)
+        product[0, 0].item()
+
+    return speeds({"": multiply}, times * 2 * size**3 / 1e9, "GFLOP/s", rounds)[""]
+
+
+def differences(folder, pools):
+    "The largest difference of a step's loss: of ours to the usual loop's, and of the usual loop's to its own under noise."
+    ways = {
+        **{name: (name, *way) for name, way in WAYS.items()},
+        "the usual loop, bf16": (USUAL, usual, "bf16"),
+        "the usual loop, other batches": (USUAL, usual, "no", 1),
+    }
+    curves = {}
+    for name, (pool, way, precision, *seed) in ways.items():
+        done = pools[pool].submit(train, folder, way, precision, CURVE * BATCH, 1, False, *seed)
+        curves[name] = np.array(done.result().losses[: CURVE - 1])
+        print(f"{name}: loss", *(f"{loss:.4f}" for loss in curves[name]))
+    return {name: abs(curve - curves[USUAL]).max() for name, curve in curves.items() if name != USUAL}
+
+
+def main():
+    "Makes a dataset folder, measures and reports."
+    args = arguments(__doc__)
+    rounds, done = (1 if args.quick else 3), {name: [] for name in WAYS}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        folder = Path(folder)
+        write_kaggle(folder / "kaggle", patients=2, slices=32)
+        data = prepare(folder / "kaggle", folder / "data", config=PrepareConfig(valid=0)).folder
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in WAYS}
+
+        def epoch(name):
+            done[name].append(pools[name].submit(train, data, *WAYS[name], SLICES, ACCUMULATION, True).result())
+
+        results = speeds({name: partial(epoch, name) for name in WAYS}, SLICES, "slices/s", rounds)
+        ratios = {f"{name}/{USUAL}": results[name]["median"] / results[USUAL]["median"] for name in WAYS if name != USUAL}
+        unlike = {} if args.quick else differences(data, pools)
+    work = gflop_of_a_slice()
+    for name, (_, precision) in list(WAYS.items())[:-1]:
+        limit = products(precision, rounds)
+        results[f"matrix products, {name.split()[-1]}"] = limit
+        results[f"{name}: of their limit"] = summary([100 * results[name]["median"] * work / limit["median"]], "%")
+    for name, epochs in done.items():
+        results[f"{name}: peak memory"] = summary([max(e.memory for e in epochs)], "GB")
+        if epochs[0].waited is not None:
+            results[f"{name}: waits for data"] = summary([100 * e.waited for e in epochs[1:]], "% of time")
+    for name, difference in unlike.items():
+        results[f"{name}: loss unlike {USUAL}'s"] = summary([difference], "at most")
+    report(__doc__, results, ratios, ("rsna_seg", "torch", "accelerate", "segmentation-models-pytorch", "albumentations"), rounds, args.json)
+    print("Wanted: at least 3 with bf16 on a processor that has it, 1.8 in float32.")
+
+
+if __name__ == "__main__":
+    main()
