@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['AugmentConfig', 'Augment']
 
-# %% ../nbs/01_augment.ipynb #8850ac09
+# %% ../nbs/01_augment.ipynb #3c04e073
 import os
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+from .files import ConfigError
 
 # %% ../nbs/01_augment.ipynb #71ae978b
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network at import
@@ -18,26 +21,57 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the netwo
 # %% ../nbs/01_augment.ipynb #e20fa57d
 import albumentations as A
 
-# %% ../nbs/01_augment.ipynb #a39c625e
+# %% ../nbs/01_augment.ipynb #0298f5f5
 @dataclass(frozen=True)
 class AugmentConfig:
-    "Probability of each transform, 0..1, and how far it goes."
+    "Probability of each transform, 0..1, how far it goes, and what a flip does to the kidneys' names."
     horizontal_flip: float = 0.5  # left and right exchanged in the image
     vertical_flip: float = 0.5  # front and back exchanged in the image
     rotate: float = 0.5  # probability of a rotation about the image's centre
     rotate_limit: float = 45.0  # largest angle in degrees, either way
     grid_distortion: float = 0.3  # a 5 x 5 grid, its lines shifted by up to 30 %
     coarse_dropout: float = 0.2  # one or two black boxes of 10 to 20 % of the side; the mask stays
+    sides: Literal["keep", "exchange", "off"] = "keep"  # labels of the two kidneys in a flip; off: no flips
 
-# %% ../nbs/01_augment.ipynb #03b6c51f
+    def __post_init__(self):
+        for name in ("horizontal_flip", "vertical_flip", "rotate", "grid_distortion", "coarse_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is not a probability; give a number from 0 to 1.")
+        if not 0 <= self.rotate_limit <= 180:
+            raise ConfigError(f"rotate_limit {self.rotate_limit} is not an angle from 0 to 180 degrees.")
+        if self.sides not in ("keep", "exchange", "off"):
+            raise ConfigError(f"sides {self.sides!r} is not known; choose keep, exchange or off.")
+
+# %% ../nbs/01_augment.ipynb #5afa20eb
+_OTHER_KIDNEY = np.arange(256, dtype=np.uint8)
+_OTHER_KIDNEY[[3, 4]] = 4, 3
+
+
+class _Mirror:
+    "A flip that calls the left kidney of the mirror image left."
+
+    def apply_to_mask(self, mask, *args, **params):
+        return _OTHER_KIDNEY[super().apply_to_mask(mask, *args, **params)]
+
+
+class _MirrorHorizontal(_Mirror, A.HorizontalFlip): pass
+class _MirrorVertical(_Mirror, A.VerticalFlip): pass
+
+
+_FLIPS = {  # of each way to treat the sides; one that does nothing draws its number all the same
+    "keep": (A.HorizontalFlip, A.VerticalFlip), "exchange": (_MirrorHorizontal, _MirrorVertical), "off": (A.NoOp, A.NoOp),
+}  # fmt: skip
+
+# %% ../nbs/01_augment.ipynb #40e133fe
 class Augment:
     "The transforms of a config; a call gives (image, mask) and depends on its seed alone."
 
     def __init__(self, config: AugmentConfig = AugmentConfig()):
         self.config = config
+        horizontal, vertical = _FLIPS[config.sides]
         self.compose = A.Compose([
-            A.HorizontalFlip(p=config.horizontal_flip),
-            A.VerticalFlip(p=config.vertical_flip),
+            horizontal(p=config.horizontal_flip),
+            vertical(p=config.vertical_flip),
             A.Rotate(limit=(-config.rotate_limit, config.rotate_limit), p=config.rotate),
             A.GridDistortion(p=config.grid_distortion),
             A.CoarseDropout(p=config.coarse_dropout),
@@ -45,7 +79,7 @@ class Augment:
 
     def __call__(
         self,
-        image: np.ndarray,  # uint8, (row, col)
+        image: np.ndarray,  # uint8, (row, col) or (row, col, channel)
         mask: np.ndarray,  # uint8 class ids, (row, col)
         seed,  # whole numbers, such as (seed, epoch, index)
     ):

@@ -6,7 +6,7 @@
 __all__ = ['pick_precision', 'start_accelerator', 'peak_memory', 'Loop', 'make_loop', 'add_gradients', 'make_step', 'Tally',
            'settle', 'train_epoch', 'valid_epoch', 'is_frozen', 'freeze_encoder', 'read_state', 'put_state']
 
-# %% ../nbs/24_loop.ipynb #0eb61642
+# %% ../nbs/24_loop.ipynb #f421c9c9
 import copy
 import math
 import sys
@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .data import make_loader
 from .files import ConfigError, TrainingError
 from .metrics import Confusion, dice, mean_organs, merge_unlabelled
 from .model import SegLoss, as_input, marginal_logits
