@@ -107,6 +107,7 @@ def _work(pipe, network, stop_at, start, words):
         if stop_at == (name, "after"):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    multiprocessing.set_start_method("fork", force=True)  # of its loader's workers: those of a server would outlive it
     torch.set_num_threads(1)
     smp.Unet, Tally.add, os.replace = network, add, replace_file
     start(*words)
@@ -121,27 +122,24 @@ def begin(start, *words, network=Wide, stop_at=None):
     return process, ours
 
 
-T0 = time.time()
-def say(*a): print(round(time.time() - T0, 1), *a, flush=True)
-
 def killed_on_the_way(start, *words, steps, milliseconds, **settings):
     "Whether the run was killed, so many steps and milliseconds after its start; it may have ended before."
     process, pipe = begin(start, *words, **settings)
     try:
         for _ in range(steps):
-            pipe.recv_bytes(); say("step")
+            pipe.recv_bytes()
         time.sleep(milliseconds / 1000)
-        process.kill(); say('kill')
+        process.kill()
     except EOFError:
         pass
-    process.join(); say("joined")
+    process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
 
 def to_the_end(start, *words, **settings):
     process, _ = begin(start, *words, **settings)
-    process.join(); say("joined")
+    process.join()
     assert process.exitcode == 0
 
 
@@ -218,7 +216,7 @@ def test_killed_on_either_side_of_each_replaced_file(whole, tmp_path):
     names = ["config.json", "state.pt", "previous.pt", "history.csv", "best_model_512.json", "best_model_512.pth"]
     for stop_at in [(name, side) for name in names for side in ("before", "after")]:
         process, _ = begin(train, whole / "data", tmp_path, FIRST, stop_at=stop_at)
-        process.join(); say("joined")
+        process.join()
         assert process.exitcode == -signal.SIGKILL, stop_at
     to_the_end(train, whole / "data", tmp_path, FIRST)
     assert differences(whole / "first", tmp_path) == []
@@ -295,7 +293,7 @@ OTHER = {
     "size": 96, "batch_size": 3, "accumulation": 3, "epochs": 4, "lr": 2e-3, "weight_decay": 0.1, "dice": 0.4, "focal": 0.6,
     "augment": AugmentConfig(rotate=0.4), "mixed_precision": "bf16", "validate_on": "train", "fold": 0, "seed": 1, "most_skipped": 19,
     "clip": 2.0, "ema": 0.5, "patience": 7, "freeze_epochs": 2, "balance": None, "dice_over": "image", "preset": "base",
-    "encoder_weights": "imagenet",
+    "encoder_weights": "imagenet", "channels": "neighbours",
 }  # fmt: skip
 FREE = {"workers": 1, "save_minutes": 3.0, "trackers": ("tensorboard",)}  # nothing depends on them
 
@@ -313,6 +311,7 @@ def begun(folder):
 
 
 SETTINGS = [(kind, field.name) for kind in (TrainConfig, FinetuneConfig) for field in fields(kind) if field.name not in FREE]
+SETTINGS.remove((FinetuneConfig, "channels"))  # what the checkpoint was trained on refuses that before
 
 
 @pytest.mark.parametrize("kind, name", SETTINGS, ids=lambda it: getattr(it, "__name__", it))
