@@ -23,7 +23,7 @@ from rsna_seg.train import TrainConfig, train
 
 PLAIN = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=2, encoder_weights="none", workers=0)
 LARGE = TrainConfig(size=64, batch_size=32, accumulation=2, epochs=2, encoder_weights="none", workers=0)
-EVERYTHING = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=5, encoder_weights="none", workers=1,
+EVERYTHING = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=5, encoder_weights="none", workers=1, save_minutes=0,
                          ema=0.5, freeze_epochs=1, balance=True, patience=1)  # fmt: skip
 
 
@@ -94,14 +94,19 @@ def batches_of(slices, accumulation, epoch=0, **order):
     return list(zip(*(sampler.steps() for sampler in samplers)))
 
 
+def counted(parts):
+    "The batches of all processes, without those that only keep a process company."
+    return [keys for part in parts for keys, share in part if share]
+
+
 def plain_step(network, slices, parts):
     "A step's gradients, loss and confusion, one batch after the other in one process."
-    loss, confusion = 0.0, Confusion()
+    loss, confusion, batches = 0.0, Confusion(), counted(parts)
     network.zero_grad()
-    for keys, share in (batch for part in parts for batch in part if batch[1]):
+    for keys in batches:
         images, masks = slices.batch(keys)
         logits = network.train()(as_input(images))
-        value = share * SegLoss()(logits, masks)
+        value = len(keys) / sum(map(len, batches)) * SegLoss()(logits, masks)
         value.backward()
         loss += value.item()
         confusion.update(logits.argmax(1), masks)
@@ -173,7 +178,7 @@ def plain_epochs(network, slices, order):
             loss, _ = plain_step(network, slices, parts)
             optimizer.step()
             schedule.step()
-            total += loss * sum(len(keys) for part in parts for keys, share in part if share)
+            total += loss * sum(map(len, counted(parts)))
         losses.append(total / len(slices))
     return losses
 
@@ -183,7 +188,7 @@ def check_valid(loop, every, many, rank):
     slices, network, confusion, total = First(every, many), loop.network.eval(), Confusion(), 0.0
     loss, matrix = valid_epoch(loop, loader_of(slices, 2, rank))
     with torch.no_grad():
-        for keys in (keys for parts in batches_of(slices, 2) for part in parts for keys, share in part if share):
+        for keys in (keys for parts in batches_of(slices, 2) for keys in counted(parts)):
             images, masks = slices.batch(keys)
             logits = network(as_input(images))
             total += SegLoss()(logits, masks).item() * len(keys)
