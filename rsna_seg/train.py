@@ -339,7 +339,7 @@ def fit(
         accelerator.wait_for_everyone()  # the checkpoint is written
     return Run(out, out / config.checkpoint, pd.DataFrame(history))
 
-# %% ../nbs/03_train.ipynb #da87ef6a
+# %% ../nbs/03_train.ipynb #c6d837ea
 def _fit_epochs(loop, loaders, tally, history, data, out, config, watch):
     "The epochs that are left."
     sampler, main, device = loaders[0].batch_sampler, loop.accelerator.is_main_process, loop.accelerator.device
@@ -354,6 +354,7 @@ def _fit_epochs(loop, loaders, tally, history, data, out, config, watch):
             _train_one(loop, loaders[0], tally, bar, save)
             valid = valid_epoch(loop, loaders[1])
             history.append(_row(len(history) + 1, tally, tally.matrix(loop.criterion.labelled), valid, peak_memory(device)))
+            bar.set_postfix(loss=f"{history[-1]['train_loss']:.3f}", valid_dice=f"{history[-1]['valid_dice']:.3f}")
             loop.accelerator.log({k: v for k, v in history[-1].items() if not math.isnan(v)}, step=len(history))
             tally = Tally()
             if main:
