@@ -264,7 +264,8 @@ def test_where_kaggle_has_mounted_the_files_nothing_is_fetched(kaggle, tmp_path)
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in its background has it ignored
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_fetch import StandIn, FetchConfig, fetch
