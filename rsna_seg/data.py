@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['balanced_draw', 'add_split', 'check_patients', 'check_split', 'PrepareConfig', 'SliceData', 'open_data', 'prepare',
-           'SliceDataset', 'StepSampler', 'balanced_weights', 'cores', 'make_loader']
+           'read_png', 'SliceDataset', 'StepSampler', 'balanced_weights', 'cores', 'quiet_worker', 'make_loader']
 
 # %% ../nbs/00_data.ipynb #231d8aed
 import hashlib
@@ -388,8 +388,10 @@ def _tidy(dest):
     (dest / "settings.json").unlink(missing_ok=True)
 
 # %% ../nbs/00_data.ipynb #d49d4178
-def _read_png(path):
-    "Grey pixels (row, col) uint8; raises `DataError`."
+def read_png(
+    path: str | Path,
+) -> np.ndarray:  # uint8, (row, col)
+    "A picture or mask of a dataset folder; raises `DataError`."
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise DataError(f"{path} cannot be read as PNG; delete its folder and prepare the data again.")
@@ -435,9 +437,9 @@ class SliceDataset(Dataset):
         key: int,  # epoch * len(self) + index
     ):
         epoch, index = divmod(int(key), len(self))
-        planes = [to_square(_read_png(file), self.size) for file in self.stacks[index]]
+        planes = [to_square(read_png(file), self.size) for file in self.stacks[index]]
         image = planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
-        mask = to_square(_read_png(self.masks[index]), self.size, mask=True)
+        mask = to_square(read_png(self.masks[index]), self.size, mask=True)
         if self.transform is not None:
             image, mask = self.transform(image, mask, seed=(self.seed, epoch, index))
         image = image if image.ndim == 2 else image.transpose(2, 0, 1)
@@ -503,7 +505,10 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by the launcher of several processes
 
 
-def _quiet_worker(_):
+def quiet_worker(
+    number: int,  # of the process
+):
+    "Keeps OpenCV in a loader's process to one thread; there are enough processes."
     cv2.setNumThreads(0)
 
 
@@ -522,5 +527,5 @@ def make_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
     )

@@ -40,7 +40,7 @@ def _write_plane(plane, case, folder, size, shown):
         pixels = {o.key: int(counts[o.id]) if shown[o.id] else None for o in ORGANS}
     shrink = max(plane.grey.shape) / size
     return {
-        **row, "position_mm": round(plane.position_mm, 3), "slice_mm": round(plane.slice_mm, 5),
+        **row, "rows": plane.grey.shape[0], "cols": plane.grey.shape[1], "position_mm": round(plane.position_mm, 3), "slice_mm": round(plane.slice_mm, 5),
         "row_mm": plane.row_mm * shrink, "col_mm": plane.col_mm * shrink,
         "orientation": plane.orientation, "tilt_deg": plane.tilt_deg, **pixels,
         "incomplete": case.incomplete, "sha256": hashlib.sha256(data).hexdigest(),

@@ -103,15 +103,27 @@ class Predictor:
         self.model, self.batch_size = model.to(self.device), batch_size
 
     @torch.inference_mode()
-    def _classes(self, hu, z):  # the scan's HU, (z, row, col); ranks of the batch's slices
+    def logits(
+        self,
+        hu: np.ndarray,  # of a scan, (z, row, col)
+        z: np.ndarray,  # ranks of the slices that are wanted
+    ) -> torch.Tensor:  # (slices, 6, row, col)
+        "The network's scores of some slices, on the scan's pixels."
         card, shape = self.card, hu.shape[1:]
         if card.channels == "neighbours":
             z = np.clip(z[:, None] + [-1, 0, 1], 0, len(hu) - 1)
         low, high = z.min(), z.max() + 1
         squares = np.stack([to_square(grey, card.size) for grey in window(hu[low:high], card.level, card.width)])[z - low]
         logits = self.model(as_input(torch.from_numpy(squares).to(self.device)))
-        logits = marginal_logits(from_square(logits, *shape), card.labelled)
-        return logits.argmax(1).to(torch.uint8).cpu().numpy()
+        return marginal_logits(from_square(logits, *shape), card.labelled)
+
+    def batches(
+        self,
+        scan: Scan,
+    ) -> list[np.ndarray]:
+        "The ranks of its slices, as many at once as the network is given."
+        ranks = np.arange(len(scan.hu))
+        return np.split(ranks, ranks[self.batch_size :: self.batch_size])
 
     def __call__(
         self,
@@ -119,7 +131,6 @@ class Predictor:
     ) -> Segmentation:
         "The scan's organs; raises `ScanError` if it cannot be read."
         scan = scan if isinstance(scan, Scan) else read_scan(scan)
-        ranks = np.arange(len(scan.hu))
-        batches = np.split(ranks, ranks[self.batch_size :: self.batch_size])
-        mask = np.concatenate([self._classes(scan.hu, z) for z in tqdm(batches, desc="predict", unit="batch")])
+        batches = tqdm(self.batches(scan), desc="predict", unit="batch")
+        mask = np.concatenate([self.logits(scan.hu, z).argmax(1).to(torch.uint8).cpu().numpy() for z in batches])
         return Segmentation(mask, scan, self.card.level, self.card.width, self.card.labelled)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Grid', 'Scan', 'nifti_format', 'dicom_series', 'ct_series', 'read_scan', 'window', 'mid_planes', 'read_mask',
-           'read_organ_masks', 'seg_classes', 'read_seg', 'in_source_order', 'save_nifti', 'to_square']
+           'read_organ_masks', 'seg_classes', 'read_seg', 'in_source_order', 'save_nifti', 'to_square', 'square_grid',
+           'off_square']
 
 # %% ../nbs/11_scan.ipynb #9a314d6b
 import gzip
@@ -687,3 +688,26 @@ def to_square(
         return np.ascontiguousarray(plane)
     smooth = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
     return cv2.resize(plane, (size, size), interpolation=cv2.INTER_NEAREST_EXACT if mask else smooth)
+
+# %% ../nbs/11_scan.ipynb #ccbb8cce
+def square_grid(
+    rows: int,  # of the slice that `to_square` was given
+    cols: int,
+    size: int,  # pixels along both sides of the square
+) -> tuple[int, int]:
+    "Rows and columns that the square still tells apart: the slice's own, or fewer if it was shrunk."
+    shrink = min(1, size / max(rows, cols))
+    return max(1, round(rows * shrink)), max(1, round(cols * shrink))
+
+
+def off_square(
+    square: np.ndarray,  # uint8, (size, size), classes or grey values
+    rows: int,  # of `square_grid`
+    cols: int,
+) -> np.ndarray:  # uint8, (rows, cols)
+    "Undoes `to_square`, by the nearest pixel."
+    side = max(rows, cols)
+    top, left = (side - rows) // 2, (side - cols) // 2
+    if side != len(square):
+        square = cv2.resize(square, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
+    return square[top : top + rows, left : left + cols]

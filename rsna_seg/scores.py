@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'Tolerance', 'Spacing', 'VolumeTally', 'slices_to_show', 'CasePictures', 'Evaluation', 'Judge', 'levels',
            'patient_scores', 'states', 'calibration']
 
-# %% ../nbs/29_scores.ipynb #215a6bd4
+# %% ../nbs/29_scores.ipynb #9e5f52f2
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ from .roc import RocHistogram, calibration_error
 from .sources import case_name
 from .surfaces import SurfaceTally
 
-# %% ../nbs/29_scores.ipynb #c9ba930a
+# %% ../nbs/29_scores.ipynb #2e34007b
 @dataclass(frozen=True)
 class Tolerance:
     "mm within which two surfaces count as the same, for NSD."
@@ -39,7 +39,7 @@ class Tolerance:
         if not all(0 <= getattr(self, f.name) < np.inf for f in fields(self)):
             raise ConfigError("A tolerance is a number of millimetres, not negative.")
 
-# %% ../nbs/29_scores.ipynb #9655d4db
+# %% ../nbs/29_scores.ipynb #cc61473a
 @dataclass(frozen=True)
 class Spacing:
     "Size and place of the slices of a volume."
@@ -59,7 +59,7 @@ class Spacing:
         "Volume of one voxel in each slice, ml, (slices,)."
         return self.slice_mm * self.row_mm * self.col_mm / 1000
 
-# %% ../nbs/29_scores.ipynb #f9b5b0b8
+# %% ../nbs/29_scores.ipynb #1a0097d4
 _NOTES = {
     "present": "",
     "missed": "missed: there is no predicted outline to measure a distance from",
@@ -122,7 +122,7 @@ class VolumeTally:
         rows = [_organ_row(o, counts.sum(0), ml.get(o.key), surfaces.get(o.key), self.labelled) for o in ORGANS]
         return pd.DataFrame(rows).reindex(columns=_COLUMNS[2:])
 
-# %% ../nbs/29_scores.ipynb #f9b2a3ec
+# %% ../nbs/29_scores.ipynb #0a1b6c20
 def slices_to_show(
     organ_pixels: np.ndarray,  # pixels of organs in each slice, (slices,)
     count: int = 12,
@@ -163,7 +163,7 @@ class CasePictures:
         with whole_file(self.folder / f"{self.name}.npz") as part:
             np.savez_compressed(part, **images)
 
-# %% ../nbs/29_scores.ipynb #6b35909e
+# %% ../nbs/29_scores.ipynb #4062a61e
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     "Scores of volumes."
@@ -193,7 +193,7 @@ class Evaluation:
     def _repr_html_(self):
         return self.table.round(4).to_html()
 
-# %% ../nbs/29_scores.ipynb #d66b8d91
+# %% ../nbs/29_scores.ipynb #3f4623c7
 class _Case:
     "A volume that is being judged."
 
@@ -271,7 +271,7 @@ class Judge:
         return Evaluation(pd.concat(volumes, ignore_index=True), pd.concat(slices, ignore_index=True), np.concatenate(counts),
                           self.labelled, skipped, self.roc, self.tolerance, about or {}, self.pictures)  # fmt: skip
 
-# %% ../nbs/29_scores.ipynb #0e6ef6a7
+# %% ../nbs/29_scores.ipynb #4b70e865
 def levels(
     self: Evaluation,
     score: str = "dice",  # or "iou"
@@ -294,11 +294,12 @@ def levels(
 
 Evaluation.levels = levels
 
-# %% ../nbs/29_scores.ipynb #53ed9319
+# %% ../nbs/29_scores.ipynb #bb1a948c
 SCORES = {  # column of the volumes: what it is called for people, and its unit
     "dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95, mm", "asd_mm": "ASD, mm",
-    "error_ml": "volume error, ml", "error_percent": "volume error, %", "false_positive_ml": "false-positive volume, ml",
-}  # fmt: skip
+    "abs_error_percent": "volume error, %", "error_ml": "volume bias, ml", "error_percent": "volume bias, %",
+    "false_positive_ml": "false-positive volume, ml",
+}  # fmt: skip; the error is without sign, the bias with it: a minus means too little
 
 
 def patient_scores(
@@ -306,7 +307,8 @@ def patient_scores(
     **how,  # of `mean_interval`
 ) -> dict:  # column of the volumes -> DataFrame of `interval_table`
     "Each score as a mean over patients with its interval."
-    return {score: interval_table(patient_means(self.volumes, score), **how) for score in SCORES}
+    volumes = self.volumes.assign(abs_error_percent=self.volumes.error_percent.abs())
+    return {score: interval_table(patient_means(volumes, score), **how) for score in SCORES}
 
 
 def states(self: Evaluation) -> pd.DataFrame:  # a row an organ, a column a state
@@ -317,7 +319,7 @@ def states(self: Evaluation) -> pd.DataFrame:  # a row an organ, a column a stat
 
 Evaluation.patient_scores, Evaluation.states = patient_scores, states
 
-# %% ../nbs/29_scores.ipynb #c35c7063
+# %% ../nbs/29_scores.ipynb #869c6201
 def calibration(self: Evaluation) -> pd.DataFrame:  # a row a labelled organ
     "Expected calibration error of each organ, over all pixels and over those with a probability of at least 1 %."
     rows = {}
