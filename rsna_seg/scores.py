@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'Tolerance', 'Spacing', 'VolumeTally', 'slices_to_show', 'CasePictures', 'Evaluation', 'Judge', 'levels',
            'patient_scores', 'states', 'calibration']
 
-# %% ../nbs/29_scores.ipynb #9e5f52f2
+# %% ../nbs/29_scores.ipynb #39ea7be2
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ from .roc import RocHistogram, calibration_error
 from .sources import case_name
 from .surfaces import SurfaceTally
 
-# %% ../nbs/29_scores.ipynb #2e34007b
+# %% ../nbs/29_scores.ipynb #90769622
 @dataclass(frozen=True)
 class Tolerance:
     "mm within which two surfaces count as the same, for NSD."
@@ -39,7 +39,7 @@ class Tolerance:
         if not all(0 <= getattr(self, f.name) < np.inf for f in fields(self)):
             raise ConfigError("A tolerance is a number of millimetres, not negative.")
 
-# %% ../nbs/29_scores.ipynb #cc61473a
+# %% ../nbs/29_scores.ipynb #1890fea8
 @dataclass(frozen=True)
 class Spacing:
     "Size and place of the slices of a volume."
@@ -59,7 +59,7 @@ class Spacing:
         "Volume of one voxel in each slice, ml, (slices,)."
         return self.slice_mm * self.row_mm * self.col_mm / 1000
 
-# %% ../nbs/29_scores.ipynb #1a0097d4
+# %% ../nbs/29_scores.ipynb #714e59ae
 _NOTES = {
     "present": "",
     "missed": "missed: there is no predicted outline to measure a distance from",
@@ -122,7 +122,7 @@ class VolumeTally:
         rows = [_organ_row(o, counts.sum(0), ml.get(o.key), surfaces.get(o.key), self.labelled) for o in ORGANS]
         return pd.DataFrame(rows).reindex(columns=_COLUMNS[2:])
 
-# %% ../nbs/29_scores.ipynb #0a1b6c20
+# %% ../nbs/29_scores.ipynb #82c206be
 def slices_to_show(
     organ_pixels: np.ndarray,  # pixels of organs in each slice, (slices,)
     count: int = 12,
@@ -163,7 +163,7 @@ class CasePictures:
         with whole_file(self.folder / f"{self.name}.npz") as part:
             np.savez_compressed(part, **images)
 
-# %% ../nbs/29_scores.ipynb #4062a61e
+# %% ../nbs/29_scores.ipynb #a65e7686
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     "Scores of volumes."
@@ -193,7 +193,7 @@ class Evaluation:
     def _repr_html_(self):
         return self.table.round(4).to_html()
 
-# %% ../nbs/29_scores.ipynb #3f4623c7
+# %% ../nbs/29_scores.ipynb #151c78b2
 class _Case:
     "A volume that is being judged."
 
@@ -271,7 +271,7 @@ class Judge:
         return Evaluation(pd.concat(volumes, ignore_index=True), pd.concat(slices, ignore_index=True), np.concatenate(counts),
                           self.labelled, skipped, self.roc, self.tolerance, about or {}, self.pictures)  # fmt: skip
 
-# %% ../nbs/29_scores.ipynb #4b70e865
+# %% ../nbs/29_scores.ipynb #cff38fa1
 def levels(
     self: Evaluation,
     score: str = "dice",  # or "iou"
@@ -294,7 +294,7 @@ def levels(
 
 Evaluation.levels = levels
 
-# %% ../nbs/29_scores.ipynb #bb1a948c
+# %% ../nbs/29_scores.ipynb #ec13329d
 SCORES = {  # column of the volumes: what it is called for people, and its unit
     "dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95, mm", "asd_mm": "ASD, mm",
     "abs_error_percent": "volume error, %", "error_ml": "volume bias, ml", "error_percent": "volume bias, %",
@@ -319,7 +319,7 @@ def states(self: Evaluation) -> pd.DataFrame:  # a row an organ, a column a stat
 
 Evaluation.patient_scores, Evaluation.states = patient_scores, states
 
-# %% ../nbs/29_scores.ipynb #869c6201
+# %% ../nbs/29_scores.ipynb #6ae387ce
 def calibration(self: Evaluation) -> pd.DataFrame:  # a row a labelled organ
     "Expected calibration error of each organ, over all pixels and over those with a probability of at least 1 %."
     rows = {}
