@@ -18,7 +18,7 @@ from rounds import report, summary
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
-from rsna_seg.metrics import dice
+from rsna_seg.metrics import dice, side_confusion
 from rsna_seg.model import load_checkpoint, save_checkpoint
 from rsna_seg.train import TrainConfig, train
 
@@ -56,8 +56,7 @@ def one_run(data, seed, fold, side, encoder_weights):
         model.load_state_dict(torch.load(run.folder / "last" / "state.pt", weights_only=True)["model"])
         save_checkpoint(model, Path(folder) / "last.pth", card)
         matrix = evaluate(Path(folder) / "last.pth", data, workers=0, fold=fold).matrix
-    kidneys = matrix[3:5, 3:5]  # true and called either kidney
-    wrong = 100 * (kidneys[0, 1] + kidneys[1, 0]) / kidneys.sum() if kidneys.any() else float("nan")
+    wrong = 100 * side_confusion(matrix)
     _, liver, _, left, right, _ = dice(matrix)
     return {"sides": side, "seed": seed, "fold": fold, **dict(zip(UNITS, (liver, left, right, wrong, seconds)))}
 

@@ -19,7 +19,9 @@ COMMANDS = {
     "inspect": "look a dataset folder over: volumes, sides, fit, damage; writes a page",
     "train": "the first training, from ImageNet weights",
     "finetune": "go on from a checkpoint at a low learning rate",
-    "evaluate": "score a checkpoint on a dataset folder and write a report",
+    "evaluate": "score a model on patients and write a report",
+    "score": "score masks that another tool has made, and write a report",
+    "compare": "two models on the same patients, from their reports",
     "predict": "the organs of a scan: NIfTI mask, millilitres, a picture",
 }
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .augment import AugmentConfig
 from .data import PrepareConfig, prepare
-from .evaluate import evaluate, write_evaluation
+from .evaluate import evaluate
 from .files import ConfigError, DataError, whole_file
 from .finetune import FinetuneConfig, finetune
 from .metrics import volume_dice
@@ -26,6 +26,7 @@ from .phantom import write_kaggle
 from .predict import Predictor, save_segmentation
 from .scan import read_mask
 from .sources import find_source
+from .summary import write_evaluation
 from .train import TrainConfig, train
 
 # %% ../nbs/19_demo.ipynb #6eaf6487
@@ -116,7 +117,7 @@ def demo(
     with clock("finetune", f"{c.refine} epochs from {first.checkpoint.name}"):
         refined = finetune(first.checkpoint, out / "data", out / "refined", FinetuneConfig(**shared, epochs=c.refine, lr=1e-3))
     with clock("evaluate", "the refined checkpoint on the validation patients"):
-        write_evaluation(evaluate(refined.checkpoint, out / "data"), out / "data", out / "report")
+        write_evaluation(evaluate(refined.checkpoint, out / "data", pictures=out / "report" / "cases"), out / "report")
     with clock("predict", "unseen patients, from their DICOM folders"):
         scores = _predict_unseen(out / "unseen", refined.checkpoint, out / "predicted")
     _tell(scores, clock.seconds, out)
