@@ -6,14 +6,14 @@
 __all__ = ['score_key', 'key_score', 'ScoreHistogram', 'cells', 'curve', 'area', 'reliability', 'calibration_error',
            'RocHistogram']
 
-# %% ../nbs/26_roc.ipynb #6800578a
+# %% ../nbs/26_roc.ipynb #5d715958
 import numpy as np
 import pandas as pd
 import torch
 
 from .organs import CLASSES
 
-# %% ../nbs/26_roc.ipynb #89068574
+# %% ../nbs/26_roc.ipynb #90e3e83d
 _HALF = 0x3F000000  # the bits of 0.5 as a float32
 
 
@@ -34,11 +34,12 @@ def key_score(
     near = np.minimum(key, 2 * _HALF - key).astype(np.int32).view(np.float32).astype(float)
     return np.where(key > _HALF, 1 - near, near)
 
-# %% ../nbs/26_roc.ipynb #eeafea6d
+# %% ../nbs/26_roc.ipynb #8dd95631
 _SHIFTS = (14, 4, 0)  # bits of the key below those that a level tells apart
 _WIDTHS = ((2 * _HALF >> 14) + 1, 2**10, 2**4)  # bins of a row; each row of the last level divides a bin of the one before
 _ROWS = (1, 1024, 8192)  # at most: 25 MB for a class at worst, 3 MB usually
 _CROWDED = 1e-8  # share of the negatives times share of the positives in a bin, above which it is divided
+_ENOUGH = 16  # pixels in a bin, below which it is not divided for the sake of pixels to come
 
 
 class _Level:
@@ -62,7 +63,7 @@ class _Level:
         "The bin of each key, of all bins of the level."
         return rows * self.width + ((keys - self.start[rows]) >> self.shift)
 
-# %% ../nbs/26_roc.ipynb #a585470a
+# %% ../nbs/26_roc.ipynb #fc9d44df
 class ScoreHistogram:
     "Scores of the pixels that are a class and of those that are not, in a bounded memory, on the device where they are."
 
@@ -86,25 +87,28 @@ class ScoreHistogram:
         level = self.levels[i]
         place = level.place(rows, keys)
         counts = torch.bincount(place * 2 + positive, minlength=2 * len(level.counts)).view(-1, 2)
-        if i + 1 < len(self.levels) and self._divide(level, self.levels[i + 1], level.counts + counts):
+        if i + 1 < len(self.levels) and self._divide(level, self.levels[i + 1], counts):
             rows = level.inner[place]
             deeper = rows >= 0
             self._add(i + 1, rows[deeper], keys[deeper], positive[deeper])
             counts = counts * (level.inner < 0)[:, None]
         level.counts += counts
 
-    def _divide(self, level, deeper, counts):
-        "Divides the bins that are crowded, the worst first while there is room; whether any bin is divided."
+    def _divide(self, level, deeper, news):
+        "Divides the bins that these counts will crowd, the worst first while there is room; whether any bin is divided."
+        place = torch.nonzero((news.sum(1) > 0) & (level.inner < 0))[:, 0]
+        counts = level.counts[place] + news[place]
         shares = counts.double() / self.totals.clamp(min=1)
-        crowd = torch.where(level.inner < 0, shares.prod(1), 0.0)
-        worst = torch.nonzero(crowd > _CROWDED)[:, 0]
-        worst = worst[crowd[worst].argsort(descending=True, stable=True)[: deeper.most - len(deeper.start)]]
+        to_come = torch.where(counts >= _ENOUGH, shares / (self.totals.flip(0) + 1), 0.0)
+        crowd = torch.maximum(shares.prod(1) / _CROWDED, to_come.amax(1) / _CROWDED**0.5)
+        order = crowd.argsort(descending=True, stable=True)[: deeper.most - len(deeper.start)]
+        worst = place[order[crowd[order] > 1]]
         if len(worst):
             starts = level.start[worst // level.width] + ((worst % level.width) << level.shift)
             level.inner[worst] = deeper.grow(starts)
         return len(deeper.start) > 0
 
-# %% ../nbs/26_roc.ipynb #f382ecc4
+# %% ../nbs/26_roc.ipynb #0a17f0df
 def _level_cells(level):
     "The bins of a level that hold something; what a divided bin still holds stands half below and half above its parts."
     place, counts = np.arange(len(level.counts)), level.counts.cpu().numpy()
@@ -133,7 +137,7 @@ def curve(self: ScoreHistogram):  # false and true positive rate, both from 0 to
 
 ScoreHistogram.cells, ScoreHistogram.curve = cells, curve
 
-# %% ../nbs/26_roc.ipynb #a1a2fa3c
+# %% ../nbs/26_roc.ipynb #31886b7d
 def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong through the bins; NaN without a curve
     "Area under the ROC curve, with a bound on its error."
     table = self.cells()
@@ -152,7 +156,7 @@ def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong 
 
 ScoreHistogram.area = area
 
-# %% ../nbs/26_roc.ipynb #12e66261
+# %% ../nbs/26_roc.ipynb #20844452
 def reliability(
     self: ScoreHistogram,
     bins: int = 15,  # of even width from 0 to 1
@@ -177,7 +181,7 @@ def calibration_error(
 
 ScoreHistogram.reliability = reliability
 
-# %% ../nbs/26_roc.ipynb #95691f2e
+# %% ../nbs/26_roc.ipynb #b0000253
 class RocHistogram:
     "The scores of each class against the rest."
 

@@ -10,14 +10,13 @@ import torch
 
 from rsna_seg.augment import Augment, AugmentConfig
 from rsna_seg.data import PrepareConfig, SliceDataset, make_loader, prepare
-from rsna_seg.evaluate import evaluate, example_figure, slice_confusions, slice_dice
+from rsna_seg.evaluate import evaluate
 from rsna_seg.files import ConfigError
-from rsna_seg.metrics import dice, mean_organs
+from rsna_seg.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
-from rsna_seg.organs import overlay
 from rsna_seg.phantom import write_kaggle
 from rsna_seg.predict import Predictor
-from rsna_seg.scan import read_scan
+from rsna_seg.scan import read_scan, window
 from rsna_seg.sources import find_source
 from rsna_seg.train import TrainConfig, train
 
@@ -152,13 +151,15 @@ def test_evaluation_and_prediction_agree(world, data, run):
     result = evaluate(run.checkpoint, world / "data", batch_size=1, workers=0, device="cpu")
     assert (result.matrix.sum(axis=0) > 0).sum() >= 3  # the network finds something
     assert mean_organs(dice(result.matrix)) == pytest.approx(run.best.valid_dice, abs=1e-4)
-    predictor, slices = Predictor(run.checkpoint, "cpu", batch_size=1), SliceDataset(data, "valid")
+    predictor, agreed = Predictor(run.checkpoint, "cpu", batch_size=1), 0
     for case in find_source(world / "kaggle").cases:
-        rows = result.rows[result.rows.series == case.series]
+        rows = result.slices[result.slices.series == case.series]
         if len(rows):
-            found = torch.from_numpy(predictor(case.scan).mask[rows.z])
-            truth = torch.stack([slices[i][1] for i in rows.index])
+            scan = read_scan(case.scan)
+            found, truth = (torch.from_numpy(mask[rows.z]) for mask in (predictor(scan).mask, case.mask_on(scan)))
             assert np.array_equal(slice_confusions(found, truth), result.counts[rows.index])
+            agreed += len(rows)
+    assert agreed == len(result.slices)
 
 
 def test_the_network_looks_at_its_neighbours(world, run):
@@ -169,12 +170,17 @@ def test_the_network_looks_at_its_neighbours(world, run):
     assert (turned != predictor(scan).mask).any()
 
 
-def test_examples_show_the_slice_itself(world, data, run):
-    result = evaluate(run.checkpoint, world / "data", workers=0, device="cpu")
-    figure, slices, scores = example_figure(result, world / "data"), SliceDataset(data, "valid"), slice_dice(result)
-    order = np.argsort(scores)[: np.isfinite(scores).sum()]
-    for ax, i in zip(figure.axes[::3], (order[0], order[len(order) // 2], order[-1])):
-        assert np.array_equal(ax.images[0].get_array(), overlay(slices[i][0].numpy(), np.zeros((SIZE, SIZE), np.uint8)))
+def test_examples_show_the_slice_itself(world, run, tmp_path):
+    result = evaluate(run.checkpoint, world / "data", workers=0, device="cpu", pictures=tmp_path)
+    cases = {case.series: case for case in find_source(world / "kaggle").cases}
+    for patient, series in result.slices[["patient", "series"]].drop_duplicates().to_numpy():
+        stored, scan = np.load(tmp_path / f"{patient}_{series}.npz"), read_scan(cases[series].scan)
+        z = int(stored["z"])
+        assert np.array_equal(stored["grey"], window(scan.hu[z]))
+        assert np.array_equal(stored["truth"], cases[series].mask_on(scan)[z])
+        wrong = result.counts.sum(axis=(1, 2)) - result.counts.trace(axis1=1, axis2=2)
+        own = result.slices.series == series
+        assert (stored["truth"] != stored["prediction"]).sum() == wrong[own].max()
 
 
 def test_the_card_says_what_the_network_takes(run, tmp_path):

@@ -13,13 +13,14 @@ from sklearn.metrics import roc_auc_score
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.data import PrepareConfig, SliceDataset, open_data, prepare
-from rsna_seg.evaluate import evaluate, write_evaluation
+from rsna_seg.evaluate import evaluate
 from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.metrics import dice, merge_unlabelled, pixel_accuracy
 from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, load_checkpoint, read_card
 from rsna_seg.predict import Predictor, save_segmentation
 from rsna_seg.scan import read_scan
+from rsna_seg.summary import write_evaluation
 from rsna_seg.train import TrainConfig, train
 
 SIZE = 64
@@ -146,7 +147,8 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
 
 def test_evaluation_judges_three_organs(world, tmp_path):
     result = evaluate(world / "first" / "best_model_512.pth", world / "three", workers=0)
-    assert list(result.volumes.columns[result.volumes.isna().all()]) == ["spleen", "bowel"]
+    states = result.states()
+    assert list(states.index[states["not labelled"] > 0]) == ["spleen", "bowel"]
     table = result.table
     assert table.loc[["Spleen", "Bowel"]].isna().all(axis=None)
     for score in ("Dice", "IoU", "AUC-ROC"):
@@ -157,11 +159,11 @@ def test_evaluation_judges_three_organs(world, tmp_path):
         beliefs = load_checkpoint(world / "first" / "best_model_512.pth")[0](as_input(images)).softmax(1)
     background = roc_auc_score((masks == 0).flatten(), beliefs[:, [0, 2, 5]].sum(1).flatten())
     assert table["AUC-ROC"]["Background"] == pytest.approx(background, abs=1e-4)
-    assert result.matrix[:, [2, 5]].sum() == 0 and result.matrix.sum() == len(result.rows) * SIZE**2
-    page = write_evaluation(result, world / "three", tmp_path).read_text()
+    assert result.matrix[:, [2, 5]].sum() == 0 and result.matrix.sum() == len(result.slices) * SIZE**2
+    page = write_evaluation(result, tmp_path).read_text()
     assert "Not labelled in this data, and so not judged: spleen, bowel." in page
     scores = json.loads((tmp_path / "metrics.json").read_text())
-    assert scores["labelled"] == list(OUTLINED) and scores["volume_dice"]["bowel"] is None
+    assert scores["labelled"] == list(OUTLINED) and scores["mean_over_patients"]["dice"]["bowel"]["mean"] is None
 
 
 def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
@@ -170,7 +172,8 @@ def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
     run = train(world / "three", tmp_path / "run", settings)
     assert read_card(run.checkpoint).labelled == list(OUTLINED)
     judged = evaluate(run.checkpoint, world / "three", workers=0, fold=0)
-    assert (judged.rows.fold == 0).all() and judged.fold == 0
+    manifest = open_data(world / "three").manifest
+    assert set(judged.volumes.patient) == set(manifest.patient[manifest.fold == 0]) and judged.about["part"] == "fold 0"
     everything = evaluate(run.checkpoint, world / "torso", "train", workers=0).table.Dice
     assert everything["Spleen"] == everything["Bowel"] == 0
     segmented = Predictor(run.checkpoint, device="cpu")(read_scan(real_ct / "totalseg_example" / "ct.nii.gz"))
