@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'differences_figure', 'write_comparison']
 
-# %% ../nbs/08_compare.ipynb #71d803c2
+# %% ../nbs/08_compare.ipynb #dc1e9b0c
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .report import Section, write_report
 from .scores import SCORES
 from .summary import SCHEMA, case_file, organ_name, plain
 
-# %% ../nbs/08_compare.ipynb #d3934029
+# %% ../nbs/08_compare.ipynb #5d783252
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Two models on the volumes that both have been judged on."
@@ -54,7 +54,7 @@ def _read_report(folder):
         raise DataError(f"{folder / 'metrics.json'} was written by another version of rsna_seg; evaluate again.")
     return metrics, volumes, slices
 
-# %% ../nbs/08_compare.ipynb #ac2a2120
+# %% ../nbs/08_compare.ipynb #c7d927bc
 def _left_out(names, sides, metrics):
     "What only one report has, and what each has skipped."
     keys = [set(map(tuple, side[["patient", "series"]].to_numpy())) for side in sides]
@@ -92,7 +92,7 @@ def compare(
     slices = sa.merge(sb, on=["patient", "series", "z"], suffixes=("_a", "_b"))
     return Comparison(names, folders, both, slices, _left_out(names, (va, vb), (ma, mb)), tables, (ma, mb))
 
-# %% ../nbs/08_compare.ipynb #472da100
+# %% ../nbs/08_compare.ipynb #d2beae46
 def differences_figure(
     result: Comparison,
     score: str = "dice",  # column of the volumes
@@ -103,7 +103,7 @@ def differences_figure(
     intervals = {key: (row.difference, row.low, row.high) for key, row in result.tables[score].iterrows()}
     return paired_differences(pairs, intervals, result.names, SCORES[score])
 
-# %% ../nbs/08_compare.ipynb #e1032bf0
+# %% ../nbs/08_compare.ipynb #c769d27d
 _EXPLAIN = [
     "Difference: score of the second model minus that of the first, patient by patient, then averaged. For distances and volume errors less is better.",
     "Interval: 95 % BCa bootstrap over patients of the mean difference. If it does not hold 0, the difference is unlikely to be chance.",
@@ -117,7 +117,8 @@ def _sentences(result):
     table, patients = result.tables["dice"], result.volumes.patient.nunique()
     row = table.loc[MEAN]
     said = [f"{b} against {a} on {result.volumes.groupby(['patient', 'series']).ngroups} volumes of {patients} patients.",
-            f"Mean Dice of the organs: {row.b:.3f} against {row.a:.3f}, a difference of {row.difference:+.3f} (95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g})."]  # fmt: skip
+            f"Mean Dice of the organs: {row.b:.3f} against {row.a:.3f}, a difference of {row.difference:+.3f}"
+            + (" (one patient gives no interval)." if np.isnan(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g}).")]  # fmt: skip
     organs = table.drop(MEAN).dropna(subset=["low"])
     for better, chosen in ((b, organs[organs.low > 0]), (a, organs[organs.high < 0])):
         if len(chosen):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'score_masks']
 
-# %% ../nbs/05_evaluate.ipynb #e92af572
+# %% ../nbs/05_evaluate.ipynb #47b0cb71
 import itertools
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .data import SliceDataset, cores, open_data, quiet_worker, read_png
 from .files import ConfigError, DataError, RsnaSegError
 from .labels import label_map
-from .model import ALL_ORGANS, as_input, load_checkpoint, marginal_logits
+from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
 from .organs import CLASSES, ORGANS
 from .predict import Predictor, from_square
 from .scan import off_square, read_scan, square_grid, window
@@ -27,7 +27,7 @@ from .scores import Evaluation, Judge, Spacing, Tolerance, slices_to_show
 from .sources import ScanCase, SourceConfig, find_source, nifti_names
 from .train import open_run
 
-# %% ../nbs/05_evaluate.ipynb #c5afcb25
+# %% ../nbs/05_evaluate.ipynb #d819bfc6
 class _JudgedSlices(SliceDataset):
     "Slices with their masks and pictures on the pixels of the source, and the error if one cannot be read."
 
@@ -70,7 +70,7 @@ class _JudgedSlices(SliceDataset):
         return DataLoader(self, batch_sampler=batches, num_workers=min(workers, cores()), pin_memory=torch.cuda.is_available(),
                           worker_init_fn=quiet_worker)  # fmt: skip
 
-# %% ../nbs/05_evaluate.ipynb #ab2b6ce7
+# %% ../nbs/05_evaluate.ipynb #397df641
 def _take(case, z, logits, truth, grey):
     "Gives a judge's volume some slices: `logits` on the pixels of `truth`."
     probabilities = marginal_logits(logits, case.judge.labelled).softmax(dim=1)
@@ -96,7 +96,7 @@ def _judge_part(judge, model, card, data, split, batch_size, workers, device):
         for _ in own:  # what is left of a broken series
             pass
 
-# %% ../nbs/05_evaluate.ipynb #9a608b01
+# %% ../nbs/05_evaluate.ipynb #f86135fa
 def _same_data(card, data):
     return bool(card.dataset) and card.dataset == data.info["fingerprint"]
 
@@ -133,9 +133,9 @@ def _check_folds(models, cards, data):
 
 def _about(path, card):
     "What a checkpoint is, for the result."
-    return {"checkpoint": str(path), "sha256": card.sha256, "dataset": card.dataset, "labelled": list(card.labelled), "config": card.config}
+    return {"checkpoint": str(path), "sha256": file_sha256(path), "dataset": card.dataset, "labelled": list(card.labelled), "config": card.config}
 
-# %% ../nbs/05_evaluate.ipynb #e4d71b42
+# %% ../nbs/05_evaluate.ipynb #678661c6
 def _check_window(card, info, path, data):
     if (card.level, card.width) != (info["level"], info["width"]):
         raise DataError(f"{data} has the window {info['level']:g}/{info['width']:g} but {path} was"
@@ -165,7 +165,7 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
                       "patients": data.info["patients"], "slices": data.info["slices"]}}  # fmt: skip
     return judge.result(about)
 
-# %% ../nbs/05_evaluate.ipynb #8230ba8d
+# %% ../nbs/05_evaluate.ipynb #80a7d68f
 def _judge_scan(judge, case, predictor):
     "Judges a scan with its mask."
     scan = read_scan(case.scan, case.files)
@@ -195,7 +195,7 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
     return judge.result({"models": [_about(models[0], predictor.card)], "part": "all scans", "notes": list(found.notes),
                          "data": {"source": str(source), "kind": found.kind, "mask": str(mask) if mask else None}})  # fmt: skip
 
-# %% ../nbs/05_evaluate.ipynb #dcd0ef23
+# %% ../nbs/05_evaluate.ipynb #e8082ea3
 def evaluate(
     checkpoint: str | Path,  # a .pth of this network, a run's folder, or a folder of runs, one a fold
     data: str | Path,  # a dataset folder, made by `prepare`; or scans with masks, in a layout that `prepare` knows
@@ -215,7 +215,7 @@ def evaluate(
         return _on_dataset(checkpoint, data, split, fold, batch_size, workers, device, tolerance, pictures)
     return _on_scans(checkpoint, data, mask, source, batch_size, device, tolerance, pictures)
 
-# %% ../nbs/05_evaluate.ipynb #b2d702c6
+# %% ../nbs/05_evaluate.ipynb #825d039d
 def _mask_cases(folder, labels, scans):
     "The masks in a folder by case, as cases of `find_source`."
     folder, groups = Path(folder), {}

@@ -6,14 +6,14 @@
 __all__ = ['score_key', 'key_score', 'ScoreHistogram', 'cells', 'curve', 'area', 'reliability', 'calibration_error',
            'RocHistogram']
 
-# %% ../nbs/26_roc.ipynb #5d715958
+# %% ../nbs/26_roc.ipynb #593178d2
 import numpy as np
 import pandas as pd
 import torch
 
 from .organs import CLASSES
 
-# %% ../nbs/26_roc.ipynb #90e3e83d
+# %% ../nbs/26_roc.ipynb #bb996adc
 _HALF = 0x3F000000  # the bits of 0.5 as a float32
 
 
@@ -22,8 +22,8 @@ def score_key(
 ):  # int32, same shape, 0..2 * 0x3F000000, in the order of the probabilities
     "A probability as an integer that is fine near 0 and near 1."
     p = probability.float().clamp(0, 1)
-    key = torch.minimum(p, 1 - p).abs().view(torch.int32)
-    return torch.where(p > 0.5, 2 * _HALF - key, key)
+    key = torch.minimum(p, 1 - p).view(torch.int32)
+    return torch.where(p > 0.5, 2 * _HALF - key, key).clamp_(0, 2 * _HALF)  # the bits of NaN are larger, those of -0.0 negative
 
 
 def key_score(
@@ -34,7 +34,7 @@ def key_score(
     near = np.minimum(key, 2 * _HALF - key).astype(np.int32).view(np.float32).astype(float)
     return np.where(key > _HALF, 1 - near, near)
 
-# %% ../nbs/26_roc.ipynb #8dd95631
+# %% ../nbs/26_roc.ipynb #b047f347
 _SHIFTS = (14, 4, 0)  # bits of the key below those that a level tells apart
 _WIDTHS = ((2 * _HALF >> 14) + 1, 2**10, 2**4)  # bins of a row; each row of the last level divides a bin of the one before
 _ROWS = (1, 1024, 8192)  # at most: 25 MB for a class at worst, 3 MB usually
@@ -60,10 +60,10 @@ class _Level:
         return torch.arange(first, len(self.start), dtype=torch.int32, device=starts.device)
 
     def place(self, rows, keys):
-        "The bin of each key, of all bins of the level."
-        return rows * self.width + ((keys - self.start[rows]) >> self.shift)
+        "The bin of each key, of all bins of the level; rows is None on the first."
+        return keys >> self.shift if rows is None else rows * self.width + ((keys >> self.shift) & (self.width - 1))
 
-# %% ../nbs/26_roc.ipynb #fc9d44df
+# %% ../nbs/26_roc.ipynb #c563c4e8
 class ScoreHistogram:
     "Scores of the pixels that are a class and of those that are not, in a bounded memory, on the device where they are."
 
@@ -80,13 +80,14 @@ class ScoreHistogram:
             self.levels = [_Level(i, scores.device) for i in range(len(_SHIFTS))]
             self.totals = torch.zeros(2, dtype=torch.int64, device=scores.device)
             self.levels[0].grow(self.totals[:1])
-        self.totals += torch.bincount(positive, minlength=2)
-        self._add(0, torch.zeros((), dtype=torch.int32, device=scores.device), score_key(scores), positive)
+        self._add(0, None, score_key(scores), positive)
 
     def _add(self, i, rows, keys, positive):
         level = self.levels[i]
         place = level.place(rows, keys)
-        counts = torch.bincount(place * 2 + positive, minlength=2 * len(level.counts)).view(-1, 2)
+        counts = torch.bincount((place << 1).add_(positive), minlength=2 * len(level.counts)).view(-1, 2)
+        if rows is None:
+            self.totals += counts.sum(0)
         if i + 1 < len(self.levels) and self._divide(level, self.levels[i + 1], counts):
             rows = level.inner[place]
             deeper = rows >= 0
@@ -96,7 +97,7 @@ class ScoreHistogram:
 
     def _divide(self, level, deeper, news):
         "Divides the bins that these counts will crowd, the worst first while there is room; whether any bin is divided."
-        place = torch.nonzero((news.sum(1) > 0) & (level.inner < 0))[:, 0]
+        place = torch.nonzero((news[:, 0] + news[:, 1] > 0) & (level.inner < 0))[:, 0]
         counts = level.counts[place] + news[place]
         shares = counts.double() / self.totals.clamp(min=1)
         to_come = torch.where(counts >= _ENOUGH, shares / (self.totals.flip(0) + 1), 0.0)
@@ -108,13 +109,15 @@ class ScoreHistogram:
             level.inner[worst] = deeper.grow(starts)
         return len(deeper.start) > 0
 
-# %% ../nbs/26_roc.ipynb #0a17f0df
+# %% ../nbs/26_roc.ipynb #a30936b8
 def _level_cells(level):
     "The bins of a level that hold something; what a divided bin still holds stands half below and half above its parts."
-    place, counts = np.arange(len(level.counts)), level.counts.cpu().numpy()
+    counts = level.counts.cpu().numpy()
+    place = np.flatnonzero(counts.any(axis=1))
+    counts = counts[place]
     start = level.start.cpu().numpy().astype(np.int64)[place // level.width] + ((place % level.width) << level.shift)
     table = pd.DataFrame({"start": start, "width": 1 << level.shift, "negative": counts[:, 0] / 1.0, "positive": counts[:, 1] / 1.0,
-                          "divided": level.inner.cpu().numpy() >= 0, "order": 2 * start})[counts.any(axis=1)]  # fmt: skip
+                          "divided": level.inner.cpu().numpy()[place] >= 0, "order": 2 * start})  # fmt: skip
     early = table[table.divided] / [1, 1, 2, 2, 1, 1]
     return pd.concat([table[~table.divided], early, early.assign(order=early.order + 2 * early.width - 1)])
 
@@ -137,7 +140,7 @@ def curve(self: ScoreHistogram):  # false and true positive rate, both from 0 to
 
 ScoreHistogram.cells, ScoreHistogram.curve = cells, curve
 
-# %% ../nbs/26_roc.ipynb #31886b7d
+# %% ../nbs/26_roc.ipynb #cc0cb8d3
 def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong through the bins; NaN without a curve
     "Area under the ROC curve, with a bound on its error."
     table = self.cells()
@@ -156,7 +159,7 @@ def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong 
 
 ScoreHistogram.area = area
 
-# %% ../nbs/26_roc.ipynb #20844452
+# %% ../nbs/26_roc.ipynb #604ba309
 def reliability(
     self: ScoreHistogram,
     bins: int = 15,  # of even width from 0 to 1
@@ -181,7 +184,7 @@ def calibration_error(
 
 ScoreHistogram.reliability = reliability
 
-# %% ../nbs/26_roc.ipynb #b0000253
+# %% ../nbs/26_roc.ipynb #60c27ef8
 class RocHistogram:
     "The scores of each class against the rest."
 
@@ -197,12 +200,16 @@ class RocHistogram:
         n = len(CLASSES)
         if probabilities.shape != (truth.shape[0], n, *truth.shape[1:]):
             raise ValueError(f"probabilities are {tuple(probabilities.shape)} but truth is {tuple(truth.shape)}")
-        self.strays = self.strays + ((truth < 0) | (truth >= n)).sum()
+        self._check(truth, 0, n - 1)
         for c, histogram in enumerate(self.classes):
-            p = probabilities[:, c].float()
-            sound = (p - 0.5).abs() < 0.501  # NaN is not
-            self.strays = self.strays + (~sound).sum()
-            histogram.update(torch.where(sound, p, 0).reshape(-1), (truth == c).reshape(-1).int())
+            p = probabilities[:, c].reshape(-1).float()
+            self._check(p, -0.001, 1.001)
+            histogram.update(p, (truth == c).reshape(-1).int())
+
+    def _check(self, values, low, high):
+        "Notes values out of range; NaN is."
+        least, most = torch.aminmax(values)
+        self.strays = self.strays + ~((least >= low) & (most <= high))
 
     def checked(
         self,
@@ -210,7 +217,7 @@ class RocHistogram:
     ):
         "The histogram of a class; raises ValueError if a value was no probability or a truth no class."
         if int(self.strays):
-            raise ValueError(f"{int(self.strays)} values are no class from 0 to {len(CLASSES) - 1}, or no probability")
+            raise ValueError(f"some values are no class from 0 to {len(CLASSES) - 1}, or no probability")
         return self.classes[c]
 
     def curve(

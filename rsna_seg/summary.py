@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'MOST_CASES', 'plain', 'metrics', 'slice_table', 'organ_name', 'interval_text', 'sentences', 'organ_table',
            'case_file', 'example_figure', 'histories', 'figures', 'labelled_confusion', 'write_evaluation']
 
-# %% ../nbs/30_summary.ipynb #ebbcfe01
+# %% ../nbs/30_summary.ipynb #4287f454
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from .files import whole_file
 from .intervals import MEAN
 from .metrics import dice, iou, pixel_accuracy, side_confusion
 from .organs import CLASSES, ORGANS
-from .report import Section, write_report
+from .report import Section, format_value, write_report
 from .roc import calibration_error
 from .scores import SCORES, Evaluation
 from .sources import case_name
@@ -29,7 +29,7 @@ from rsna_seg.plots import (
     save_png, training_curves,
 )  # fmt: skip
 
-# %% ../nbs/30_summary.ipynb #abd10344
+# %% ../nbs/30_summary.ipynb #237d5b2a
 SCHEMA = 2  # of metrics.json; rises when a field changes its meaning
 _LIBRARIES = ("rsna_seg", "torch", "segmentation-models-pytorch", "monai", "scipy", "scikit-learn", "numpy", "pandas")
 
@@ -72,7 +72,7 @@ def metrics(
         "calibration": result.calibration() if probabilities else None, "confusion": matrix,
     })  # fmt: skip
 
-# %% ../nbs/30_summary.ipynb #b2cb89cf
+# %% ../nbs/30_summary.ipynb #cf3a6adf
 def slice_table(
     result: Evaluation,
 ) -> pd.DataFrame:  # a row a slice
@@ -83,7 +83,7 @@ def slice_table(
         table[[f"{name}_{o.key}" for o in ORGANS]] = values[:, 1:]
     return table
 
-# %% ../nbs/30_summary.ipynb #fcc14eac
+# %% ../nbs/30_summary.ipynb #cebeb261
 def organ_name(
     key: str,  # of an organ, or of a row such as the mean
 ) -> str:
@@ -121,8 +121,10 @@ def sentences(
     "What a reader should know first."
     overlap, edge, volume = (scores[name] for name in ("dice", "hd95_mm", "abs_error_percent"))
     organs = overlap.drop(MEAN)["mean"].dropna()
-    best, worst = organs.idxmax(), organs.idxmin()
     said = [f"Judged on {_extent(result)}: {result.about.get('part', 'all')}.", *result.about.get("notes", [])]
+    if organs.empty:
+        return [*said, "None of the labelled organs is in these volumes: there is no Dice, only false-positive volume."]
+    best, worst = organs.idxmax(), organs.idxmin()
     said.append(f"Mean Dice of the organs over patients: {interval_text(overlap.loc[MEAN])}, in brackets the 95 % interval. 1 is a perfect outline, 0 no overlap.")
     said.append(f"Best outlined: {organ_name(best).lower()} with {interval_text(overlap.loc[best])}; worst: {organ_name(worst).lower()} with {interval_text(overlap.loc[worst])}.")
     if edge["mean"].notna().any():
@@ -142,7 +144,7 @@ def sentences(
     said.append(f"{100 * pixel_accuracy(result.matrix):.2f} % of all pixels have the right class, most of them background.")
     return said
 
-# %% ../nbs/30_summary.ipynb #7987774b
+# %% ../nbs/30_summary.ipynb #0e0d4308
 _DIGITS = {"dice": 3, "iou": 3, "nsd": 3, "hd95_mm": 1, "asd_mm": 2, "abs_error_percent": 1, "error_ml": 1, "error_percent": 1, "false_positive_ml": 2}
 
 
@@ -171,7 +173,7 @@ def organ_table(
     names = pd.Index([organ_name(key) for key in keys], name="organ")
     return table.set_axis(names), reasons.set_axis(names)
 
-# %% ../nbs/30_summary.ipynb #30c68d1a
+# %% ../nbs/30_summary.ipynb #57705402
 def _worst_first(result):
     "Mean Dice of the organs of each volume, the worst first."
     return result.volumes.groupby(["patient", "series"]).dice.mean().sort_values(na_position="last")
@@ -259,7 +261,7 @@ def labelled_confusion(
     fig.axes[0].set_yticklabels(c.name if c.key in judged else f"{c.name}\n(not labelled)" for c in CLASSES)
     return fig
 
-# %% ../nbs/30_summary.ipynb #e3a8a121
+# %% ../nbs/30_summary.ipynb #239abbd9
 MOST_CASES = 30  # volumes with a picture in the page
 
 _DEFINITIONS = [
@@ -290,7 +292,7 @@ def _case_sections(result):
         reasons = pd.DataFrame({c: rows.note.to_numpy() for c in table}, index=table.index)
         links[(patient, series)] = f"case-{case_file(patient, series)}"
         parts.append(Section(
-            f"Patient {patient}, series {series}", table=table, absent=reasons, image=picture.read_bytes(), anchor=links[(patient, series)],
+            f"Patient {patient}, series {series}", table=table, digits=2, absent=reasons, image=picture.read_bytes(), anchor=links[(patient, series)],
             caption="Filled: prediction; outlined: truth. The patient's left is on the right of each slice; the first slice is nearest to the head.",
             alt=f"Slices of patient {patient}, series {series}, with predicted and true organs"))  # fmt: skip
     return parts, links
@@ -332,7 +334,7 @@ def _sections(result, scores, drawn):
         Section("Each organ, further scores", "Means over patients, in brackets the 95 % interval.", table.loc[:, more], absent=reasons.loc[:, more]),
         Section("Which mean", _LEVELS, result.levels().rename(index=organ_name), absent="organ absent or not labelled"),
         Section("Found, missed, absent", "In how many volumes.", states.rename_axis("organ")),
-        Section("All pixels together", f"Of {result.matrix.sum():,} pixels, {100 * pixel_accuracy(result.matrix):.2f} % have the right class.".replace(",", "\\u202f"),
+        Section("All pixels together", f"Of {format_value(int(result.matrix.sum()))} pixels, {100 * pixel_accuracy(result.matrix):.2f} % have the right class.",
                 result.table, digits=4, absent="organ absent or not labelled"),
         Section("Which class is taken for which", figure=drawn["confusion_matrix"], caption="Rows are the truth, columns the prediction. What is"
                 " predicted of an organ that is not labelled counts as background."),

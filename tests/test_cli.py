@@ -41,7 +41,7 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "finetune", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "finetune", "evaluate", "score", "compare", "predict"])
 def test_help(command):
     done = rsna_seg(command, "--help")
     assert done.returncode == 0 and f"rsna_seg {command}" in done.stdout and "--" in done.stdout
