@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'score_masks']
 
-# %% ../nbs/05_evaluate.ipynb #47b0cb71
+# %% ../nbs/05_evaluate.ipynb #c9994307
 import itertools
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ from .scores import Evaluation, Judge, Spacing, Tolerance, slices_to_show
 from .sources import ScanCase, SourceConfig, find_source, nifti_names
 from .train import open_run
 
-# %% ../nbs/05_evaluate.ipynb #d819bfc6
+# %% ../nbs/05_evaluate.ipynb #ff23d2cc
 class _JudgedSlices(SliceDataset):
     "Slices with their masks and pictures on the pixels of the source, and the error if one cannot be read."
 
@@ -70,7 +70,7 @@ class _JudgedSlices(SliceDataset):
         return DataLoader(self, batch_sampler=batches, num_workers=min(workers, cores()), pin_memory=torch.cuda.is_available(),
                           worker_init_fn=quiet_worker)  # fmt: skip
 
-# %% ../nbs/05_evaluate.ipynb #397df641
+# %% ../nbs/05_evaluate.ipynb #86556b9e
 def _take(case, z, logits, truth, grey):
     "Gives a judge's volume some slices: `logits` on the pixels of `truth`."
     probabilities = marginal_logits(logits, case.judge.labelled).softmax(dim=1)
@@ -96,7 +96,7 @@ def _judge_part(judge, model, card, data, split, batch_size, workers, device):
         for _ in own:  # what is left of a broken series
             pass
 
-# %% ../nbs/05_evaluate.ipynb #f86135fa
+# %% ../nbs/05_evaluate.ipynb #40c8f96a
 def _same_data(card, data):
     return bool(card.dataset) and card.dataset == data.info["fingerprint"]
 
@@ -135,7 +135,7 @@ def _about(path, card):
     "What a checkpoint is, for the result."
     return {"checkpoint": str(path), "sha256": file_sha256(path), "dataset": card.dataset, "labelled": list(card.labelled), "config": card.config}
 
-# %% ../nbs/05_evaluate.ipynb #678661c6
+# %% ../nbs/05_evaluate.ipynb #da6b8696
 def _check_window(card, info, path, data):
     if (card.level, card.width) != (info["level"], info["width"]):
         raise DataError(f"{data} has the window {info['level']:g}/{info['width']:g} but {path} was"
@@ -165,13 +165,18 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
                       "patients": data.info["patients"], "slices": data.info["slices"]}}  # fmt: skip
     return judge.result(about)
 
-# %% ../nbs/05_evaluate.ipynb #80a7d68f
+# %% ../nbs/05_evaluate.ipynb #33d23c40
+def _organ_pixels(truth):
+    "How many pixels of organs each slice shows; slice by slice, since a volume of bools would be a second mask."
+    return np.array([np.count_nonzero(plane) for plane in truth])
+
+
 def _judge_scan(judge, case, predictor):
     "Judges a scan with its mask."
     scan = read_scan(case.scan, case.files)
     truth = case.mask_on(scan)
     spacing = Spacing(*scan.spacing[1:], scan.slice_mm, scan.positions)
-    with judge.volume(case.patient, case.series, spacing, slices_to_show((truth > 0).sum(axis=(1, 2)))) as judged:
+    with judge.volume(case.patient, case.series, spacing, slices_to_show(_organ_pixels(truth))) as judged:
         for z in predictor.batches(scan):
             grey = window(scan.hu[z], predictor.card.level, predictor.card.width)
             classes = torch.from_numpy(truth[z]).to(predictor.device)
@@ -195,7 +200,7 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
     return judge.result({"models": [_about(models[0], predictor.card)], "part": "all scans", "notes": list(found.notes),
                          "data": {"source": str(source), "kind": found.kind, "mask": str(mask) if mask else None}})  # fmt: skip
 
-# %% ../nbs/05_evaluate.ipynb #e8082ea3
+# %% ../nbs/05_evaluate.ipynb #dfeed392
 def evaluate(
     checkpoint: str | Path,  # a .pth of this network, a run's folder, or a folder of runs, one a fold
     data: str | Path,  # a dataset folder, made by `prepare`; or scans with masks, in a layout that `prepare` knows
@@ -215,7 +220,7 @@ def evaluate(
         return _on_dataset(checkpoint, data, split, fold, batch_size, workers, device, tolerance, pictures)
     return _on_scans(checkpoint, data, mask, source, batch_size, device, tolerance, pictures)
 
-# %% ../nbs/05_evaluate.ipynb #825d039d
+# %% ../nbs/05_evaluate.ipynb #8caa3ddc
 def _mask_cases(folder, labels, scans):
     "The masks in a folder by case, as cases of `find_source`."
     folder, groups = Path(folder), {}
@@ -234,7 +239,7 @@ def _judge_masks(judge, predicted, true, has_scan):
     shown = np.array([c.id if c.key in judge.labelled else 0 for c in CLASSES], np.uint8)
     masks = predicted.mask_on(grid), shown[true.mask_on(grid)]
     spacing = Spacing(*grid.spacing[1:], grid.slice_mm, grid.positions)
-    with judge.volume(true.patient, true.series, spacing, slices_to_show((masks[1] > 0).sum(axis=(1, 2)))) as judged:
+    with judge.volume(true.patient, true.series, spacing, slices_to_show(_organ_pixels(masks[1]))) as judged:
         for z in np.split(np.arange(len(grid.hu)), range(16, len(grid.hu), 16)):
             prediction, truth = (torch.from_numpy(mask[z]) for mask in masks)
             judged.add(z, prediction, truth, window(grid.hu[z]) if has_scan else None)

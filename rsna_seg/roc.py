@@ -6,14 +6,14 @@
 __all__ = ['score_key', 'key_score', 'ScoreHistogram', 'cells', 'curve', 'area', 'reliability', 'calibration_error',
            'RocHistogram']
 
-# %% ../nbs/26_roc.ipynb #593178d2
+# %% ../nbs/26_roc.ipynb #b7379e1e
 import numpy as np
 import pandas as pd
 import torch
 
 from .organs import CLASSES
 
-# %% ../nbs/26_roc.ipynb #bb996adc
+# %% ../nbs/26_roc.ipynb #aa6d5007
 _HALF = 0x3F000000  # the bits of 0.5 as a float32
 
 
@@ -34,7 +34,7 @@ def key_score(
     near = np.minimum(key, 2 * _HALF - key).astype(np.int32).view(np.float32).astype(float)
     return np.where(key > _HALF, 1 - near, near)
 
-# %% ../nbs/26_roc.ipynb #b047f347
+# %% ../nbs/26_roc.ipynb #2224f2b2
 _SHIFTS = (14, 4, 0)  # bits of the key below those that a level tells apart
 _WIDTHS = ((2 * _HALF >> 14) + 1, 2**10, 2**4)  # bins of a row; each row of the last level divides a bin of the one before
 _ROWS = (1, 1024, 8192)  # at most: 25 MB for a class at worst, 3 MB usually
@@ -63,7 +63,7 @@ class _Level:
         "The bin of each key, of all bins of the level; rows is None on the first."
         return keys >> self.shift if rows is None else rows * self.width + ((keys >> self.shift) & (self.width - 1))
 
-# %% ../nbs/26_roc.ipynb #c563c4e8
+# %% ../nbs/26_roc.ipynb #4eabcd7d
 class ScoreHistogram:
     "Scores of the pixels that are a class and of those that are not, in a bounded memory, on the device where they are."
 
@@ -90,8 +90,8 @@ class ScoreHistogram:
             self.totals += counts.sum(0)
         if i + 1 < len(self.levels) and self._divide(level, self.levels[i + 1], counts):
             rows = level.inner[place]
-            deeper = rows >= 0
-            self._add(i + 1, rows[deeper], keys[deeper], positive[deeper])
+            deeper = torch.nonzero(rows >= 0)[:, 0]
+            self._add(i + 1, *(each.index_select(0, deeper) for each in (rows, keys, positive)))
             counts = counts * (level.inner < 0)[:, None]
         level.counts += counts
 
@@ -109,7 +109,7 @@ class ScoreHistogram:
             level.inner[worst] = deeper.grow(starts)
         return len(deeper.start) > 0
 
-# %% ../nbs/26_roc.ipynb #a30936b8
+# %% ../nbs/26_roc.ipynb #3a7feb78
 def _level_cells(level):
     "The bins of a level that hold something; what a divided bin still holds stands half below and half above its parts."
     counts = level.counts.cpu().numpy()
@@ -140,7 +140,7 @@ def curve(self: ScoreHistogram):  # false and true positive rate, both from 0 to
 
 ScoreHistogram.cells, ScoreHistogram.curve = cells, curve
 
-# %% ../nbs/26_roc.ipynb #cc0cb8d3
+# %% ../nbs/26_roc.ipynb #b2778e97
 def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong through the bins; NaN without a curve
     "Area under the ROC curve, with a bound on its error."
     table = self.cells()
@@ -159,7 +159,7 @@ def area(self: ScoreHistogram):  # AUC, 0..1, and the most that it can be wrong 
 
 ScoreHistogram.area = area
 
-# %% ../nbs/26_roc.ipynb #604ba309
+# %% ../nbs/26_roc.ipynb #f0d15cdd
 def reliability(
     self: ScoreHistogram,
     bins: int = 15,  # of even width from 0 to 1
@@ -184,7 +184,7 @@ def calibration_error(
 
 ScoreHistogram.reliability = reliability
 
-# %% ../nbs/26_roc.ipynb #60c27ef8
+# %% ../nbs/26_roc.ipynb #2ae5f6a6
 class RocHistogram:
     "The scores of each class against the rest."
 

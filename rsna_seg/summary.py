@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'MOST_CASES', 'plain', 'metrics', 'slice_table', 'organ_name', 'interval_text', 'sentences', 'organ_table',
            'case_file', 'example_figure', 'histories', 'figures', 'labelled_confusion', 'write_evaluation']
 
-# %% ../nbs/30_summary.ipynb #4287f454
+# %% ../nbs/30_summary.ipynb #ef5d6790
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from rsna_seg.plots import (
     save_png, training_curves,
 )  # fmt: skip
 
-# %% ../nbs/30_summary.ipynb #237d5b2a
+# %% ../nbs/30_summary.ipynb #b1cd7239
 SCHEMA = 2  # of metrics.json; rises when a field changes its meaning
 _LIBRARIES = ("rsna_seg", "torch", "segmentation-models-pytorch", "monai", "scipy", "scikit-learn", "numpy", "pandas")
 
@@ -72,7 +72,7 @@ def metrics(
         "calibration": result.calibration() if probabilities else None, "confusion": matrix,
     })  # fmt: skip
 
-# %% ../nbs/30_summary.ipynb #cf3a6adf
+# %% ../nbs/30_summary.ipynb #880e88d4
 def slice_table(
     result: Evaluation,
 ) -> pd.DataFrame:  # a row a slice
@@ -83,7 +83,7 @@ def slice_table(
         table[[f"{name}_{o.key}" for o in ORGANS]] = values[:, 1:]
     return table
 
-# %% ../nbs/30_summary.ipynb #cebeb261
+# %% ../nbs/30_summary.ipynb #8cc3602b
 def organ_name(
     key: str,  # of an organ, or of a row such as the mean
 ) -> str:
@@ -144,7 +144,7 @@ def sentences(
     said.append(f"{100 * pixel_accuracy(result.matrix):.2f} % of all pixels have the right class, most of them background.")
     return said
 
-# %% ../nbs/30_summary.ipynb #0e0d4308
+# %% ../nbs/30_summary.ipynb #7371a393
 _DIGITS = {"dice": 3, "iou": 3, "nsd": 3, "hd95_mm": 1, "asd_mm": 2, "abs_error_percent": 1, "error_ml": 1, "error_percent": 1, "false_positive_ml": 2}
 
 
@@ -173,7 +173,7 @@ def organ_table(
     names = pd.Index([organ_name(key) for key in keys], name="organ")
     return table.set_axis(names), reasons.set_axis(names)
 
-# %% ../nbs/30_summary.ipynb #57705402
+# %% ../nbs/30_summary.ipynb #6ccb049e
 def _worst_first(result):
     "Mean Dice of the organs of each volume, the worst first."
     return result.volumes.groupby(["patient", "series"]).dice.mean().sort_values(na_position="last")
@@ -261,7 +261,7 @@ def labelled_confusion(
     fig.axes[0].set_yticklabels(c.name if c.key in judged else f"{c.name}\n(not labelled)" for c in CLASSES)
     return fig
 
-# %% ../nbs/30_summary.ipynb #239abbd9
+# %% ../nbs/30_summary.ipynb #d6833d63
 MOST_CASES = 30  # volumes with a picture in the page
 
 _DEFINITIONS = [

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SurfaceTally', 'SurfaceScores', 'scores']
 
-# %% ../nbs/27_surfaces.ipynb #bea70566
+# %% ../nbs/27_surfaces.ipynb #ae7eb25e
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 
 from .organs import ORGANS
 
-# %% ../nbs/27_surfaces.ipynb #6ad7da1b
+# %% ../nbs/27_surfaces.ipynb #558679d5
 def _edges(prediction, truth, spacing):
     "Places of edge voxels and of surfels in a slab that is padded by one voxel, of both masks, and the surfels' areas."
     from monai.metrics.utils import get_mask_edges  # seconds to import, and only needed here
@@ -25,7 +25,7 @@ def _edges(prediction, truth, spacing):
     blocks = [np.argwhere(edges.numpy()) for edges in surfels[:2]]
     return [(v, b, area.numpy()[tuple(b.T)]) for v, b, area in zip(inside, blocks, surfels[2:])]
 
-# %% ../nbs/27_surfaces.ipynb #f5a57c85
+# %% ../nbs/27_surfaces.ipynb #188133e3
 def _box(mask):
     "First and last place plus one of what is set along row and column, with a margin of one."
     return [(np.flatnonzero(line)[0] - 1, np.flatnonzero(line)[-1] + 2) for line in (mask.any((0, 1, 3)), mask.any((0, 1, 2)))]
@@ -39,7 +39,7 @@ def _slab_points(slab, first, seen, spacing):
     for voxels, surfels, areas in _edges(*slab[:, :, top:bottom, left:right].copy(), spacing):
         middle = (voxels[:, 0] >= 1) & (voxels[:, 0] <= last)
         new = surfels[:, 0] >= seen  # blocks that the slab before has had
-        parts.append([(voxels[middle] + corner).astype(np.int32), (surfels[new] + corner).astype(np.int32), areas[new]])
+        parts.append([(voxels[middle] + corner).astype(np.int16), (surfels[new] + corner).astype(np.int16), areas[new]])
     return parts
 
 
@@ -67,7 +67,7 @@ class SurfaceTally:
             self.points[int(organ)].append(_slab_points(padded, self.slices - before.shape[1], before.shape[1] - 1, self.spacing))
         self.slices, self.tail = self.slices + len(prediction), slab[:, -2:].copy()
 
-# %% ../nbs/27_surfaces.ipynb #cc1d704e
+# %% ../nbs/27_surfaces.ipynb #448a3afd
 @dataclass(frozen=True)
 class SurfaceScores:
     "How far apart the outlines of an organ are."
@@ -106,7 +106,7 @@ def scores(
     z = np.concatenate([z[:1] - self.spacing[0], z, z[-1:] + self.spacing[0]])
 
     def mm(places, half):
-        along = np.interp(places[:, 0] + 1 + half, np.arange(len(z)), z)
+        along = np.interp(places[:, 0].astype(float) + 1 + half, np.arange(len(z)), z)
         return np.column_stack([along, places[:, 1:] * np.array(self.spacing[1:])])
 
     found = {}
