@@ -190,7 +190,7 @@ class Evaluate:
                           self.source, self.tolerance, self.out / "cases")  # fmt: skip
         return _tell_scores(result, self.out)
 
-
+# %% ../nbs/18_commands.ipynb #f5b87c05
 @dataclass(frozen=True)
 class Score:
     "Score masks that another tool has made, NIfTI against NIfTI, and write a report."
@@ -225,7 +225,7 @@ class Compare:
         report = write_comparison(result, self.out)
         print(result.tables["dice"].round(4).to_string(), *result.left_out, f"report: {report}", sep="\n")
 
-
+# %% ../nbs/18_commands.ipynb #eb2bdab2
 @dataclass(frozen=True)
 class Predict:
     "The organs of a scan: organs.nii.gz on its own grid, volumes, preview.png."

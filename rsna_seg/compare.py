@@ -128,13 +128,13 @@ def _sentences(result):
         said.append(f"No sure difference in: {', '.join(organ_name(key).lower() for key in rest.index)}.")
     return said
 
-
+# %% ../nbs/08_compare.ipynb #f06fc8b0
 def _score_section(result, score):
     a, b = result.names
     table = result.tables[score].rename(columns={"a": a, "b": b, "n": "patients", "low": "95 % from", "high": "to"}, index=organ_name)
     return Section(SCORES[score], table=table, digits=3 if score in ("dice", "iou", "nsd") else 2, absent="no patient has this score in both, or too few for an interval")
 
-
+# %% ../nbs/08_compare.ipynb #5266d95e
 def _stacked(paths):
     "Pictures above each other as one PNG, or None if one is missing."
     if not all(path.exists() for path in paths):
@@ -166,7 +166,7 @@ def _cases(result, most=20):
     return Section("Cases, the largest change first", "A click on a column's heading sorts, one on a case opens it.", table, sortable=True,
                    links=links, parts=parts, absent="no organ of this volume has a Dice")  # fmt: skip
 
-
+# %% ../nbs/08_compare.ipynb #f0dc8f7c
 def write_comparison(
     result: Comparison,
     out: str | Path,  # the report's folder

@@ -244,7 +244,7 @@ def _judge_masks(judge, predicted, true, has_scan):
             prediction, truth = (torch.from_numpy(mask[z]) for mask in masks)
             judged.add(z, prediction, truth, window(grid.hu[z]) if has_scan else None)
 
-
+# %% ../nbs/05_evaluate.ipynb #5caf7074
 def score_masks(
     predicted: str | Path,  # folder of NIfTI masks
     truth: str | Path,  # folder of NIfTI masks with the same names

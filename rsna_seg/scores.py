@@ -86,7 +86,7 @@ def _organ_row(organ, matrix, ml, surface, labelled):
 _COLUMNS = ["patient", "series", "organ", "state", "dice", "iou", "hd95_mm", "asd_mm", "nsd", "truth_ml", "predicted_ml",
             "error_ml", "error_percent", "false_positive_ml", "note"]  # fmt: skip
 
-
+# %% ../nbs/29_scores.ipynb #a188feff
 class VolumeTally:
     "The scores of one volume, of which slices are given from the feet up."
 
@@ -219,7 +219,7 @@ class _Case:
             wrong = counts.sum(axis=(1, 2)) - counts.trace(axis1=1, axis2=2)
             self.pictures.add(z, grey, truth.cpu().numpy(), prediction.cpu().numpy(), wrong)
 
-
+# %% ../nbs/29_scores.ipynb #eb4d9e37
 class Judge:
     "Scores volumes one after the other, in a memory that does not grow with their number."
 

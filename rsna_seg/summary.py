@@ -113,7 +113,7 @@ def _extent(result):
     volumes = result.volumes.groupby(["patient", "series"]).ngroups
     return f"{volumes} volumes ({len(result.slices)} slices) of {result.volumes.patient.nunique()} patients"
 
-
+# %% ../nbs/30_summary.ipynb #7ccb97a5
 def sentences(
     result: Evaluation,
     scores: dict,  # of `patient_scores`
@@ -200,7 +200,7 @@ def example_figure(
         titles.append(f"{name}: Dice {order.iloc[at]:.2f}\npatient {patient}, z {stored[-1]['z']}")
     return case_panels([s.get("grey") for s in stored], [s["truth"] for s in stored], [s["prediction"] for s in stored], titles)
 
-
+# %% ../nbs/30_summary.ipynb #87d1d4f8
 def _history(folder):
     "A run's history, or None."
     return pd.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else None
@@ -221,7 +221,7 @@ def histories(
             return [own] if first is None else [first, own]
     return [own]
 
-
+# %% ../nbs/30_summary.ipynb #6e389756
 def figures(
     result: Evaluation,
     scores: dict,  # of `patient_scores`
@@ -278,7 +278,7 @@ _DEFINITIONS = [
 ]
 _LEVELS = """Quote the mean over patients. Pooled pixels let large organs and long scans weigh more; the mean over slices counts a sliver at an organ's end like its middle; the mean over volumes lets patients with several scans weigh more."""
 
-
+# %% ../nbs/30_summary.ipynb #81142a69
 def _case_sections(result):
     "A part for each of the worst volumes, with its numbers and its picture."
     parts, links = [], {}
@@ -311,7 +311,7 @@ def _cases(result):
     return Section("Cases, the worst first", "Dice of each organ in each volume. A click on a column's heading sorts, one on a case opens it." + more,
                    table, sortable=True, links=links, parts=parts, absent=reasons)  # fmt: skip
 
-
+# %% ../nbs/30_summary.ipynb #2ea883b5
 _FIRST = ["dice", "nsd", "hd95_mm", "abs_error_percent"]  # scores of the first table; the others have a later one
 
 
@@ -353,7 +353,7 @@ def _sections(result, scores, drawn):
         sections.append(Section("Training", figure=drawn["training_curves"], caption="The dotted line marks the epoch whose weights are judged here."))
     return [*sections, Section("How each number is defined", notes=_DEFINITIONS), Section("What it rests on", notes=_ground(result))]
 
-
+# %% ../nbs/30_summary.ipynb #7e1898d0
 def _ground(result):
     "What was judged, by what, with which settings."
     about, flat = result.about, []
