@@ -91,7 +91,7 @@ def _judge_part(judge, model, card, data, split, batch_size, workers, device):
                 if any(errors):
                     raise DataError(next(filter(None, errors)))
                 images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-                logits = from_square(marginal_logits(model(as_input(images)), card.labelled), *masks.shape[1:])
+                logits = marginal_logits(from_square(model(as_input(images)), *masks.shape[1:]), card.labelled)
                 _take(case, z[part], logits, masks, greys.numpy())
         for _ in own:  # what is left of a broken series
             pass
@@ -147,12 +147,14 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
     models, data = _models(checkpoint), open_data(folder)
     loaded = [load_checkpoint(path) for path in models]
     if len(models) > 1:
+        if fold is not None or split != "valid":
+            raise ConfigError(f"{checkpoint} holds several runs, each to be judged on its own fold: leave out --fold and --split.")
         _check_folds(models, [card for _, card in loaded], data)
     judge, notes, parts = Judge(data.info["labelled"], tolerance, pictures=pictures), [], []
     for path, (model, card) in zip(models, loaded):
         _check_window(card, data.info, path, data.folder)
         trained_without = card.config.get("fold") if _same_data(card, data) else None
-        own = fold if fold is not None and len(models) == 1 else trained_without
+        own = trained_without if fold is None else fold
         part = open_data(folder, own)
         _judge_part(judge, model.to(device), card, part, split, batch_size, workers, device)
         notes += _seen(card, folder, part.part(split))
@@ -171,10 +173,15 @@ def _organ_pixels(truth):
     return np.array([np.count_nonzero(plane) for plane in truth])
 
 
+def _labelled_only(mask, judge):
+    "The mask without organs that are not to be judged."
+    return np.array([c.id if c.key in judge.labelled else 0 for c in CLASSES], np.uint8)[mask]
+
+
 def _judge_scan(judge, case, predictor):
     "Judges a scan with its mask."
     scan = read_scan(case.scan, case.files)
-    truth = case.mask_on(scan)
+    truth = _labelled_only(case.mask_on(scan), judge)
     spacing = Spacing(*scan.spacing[1:], scan.slice_mm, scan.positions)
     with judge.volume(case.patient, case.series, spacing, slices_to_show(_organ_pixels(truth))) as judged:
         for z in predictor.batches(scan):
@@ -192,7 +199,7 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
     if not isinstance(found.cases[0], ScanCase):
         raise DataError(f"{source} holds {found.kind}; make a dataset folder of it first: rsna_seg prepare {source} DATA")
     predictor, judge = Predictor(models[0], device, batch_size), Judge(found.labelled, tolerance, pictures=pictures)
-    for case in tqdm(found.cases, desc="evaluate", unit="scan"):
+    for case in tqdm([c for c in found.cases if c.masks], desc="evaluate", unit="scan"):
         try:
             _judge_scan(judge, case, predictor)
         except RsnaSegError as error:
@@ -236,8 +243,7 @@ def _mask_cases(folder, labels, scans):
 def _judge_masks(judge, predicted, true, has_scan):
     "Judges the masks of a case."
     grid = read_scan(true.scan)
-    shown = np.array([c.id if c.key in judge.labelled else 0 for c in CLASSES], np.uint8)
-    masks = predicted.mask_on(grid), shown[true.mask_on(grid)]
+    masks = predicted.mask_on(grid), _labelled_only(true.mask_on(grid), judge)
     spacing = Spacing(*grid.spacing[1:], grid.slice_mm, grid.positions)
     with judge.volume(true.patient, true.series, spacing, slices_to_show(_organ_pixels(masks[1]))) as judged:
         for z in np.split(np.arange(len(grid.hu)), range(16, len(grid.hu), 16)):
@@ -267,6 +273,8 @@ def score_masks(
     judge = Judge([o.key for o in ORGANS if o.key in organs], tolerance, probabilities=False, pictures=pictures)
     for name, case in tqdm(sorted(true.items()), desc="score", unit="case"):
         match = re.fullmatch(pattern, name) if pattern else None
+        if pattern and not match:
+            raise DataError(f"{case.masks[0]}: the pattern {pattern} does not fit the name {name}, so its patient is unknown.")
         case = replace(case, patient=match["patient"], series=name) if match else case
         try:
             if name not in found:

@@ -215,8 +215,9 @@ def histories(
     if own is None:
         return []
     begun = json.loads((run / "config.json").read_text()).get("begin_with", "") if (run / "config.json").exists() else ""
-    for card in run.parent.glob("*/*.json") if len(begun) == 64 else ():  # a SHA-256
-        if card.name != "config.json" and json.loads(card.read_text()).get("sha256") == begun:
+    cards = [weights.with_suffix(".json") for weights in run.parent.glob("*/*.pth")] if len(begun) == 64 else []  # a SHA-256
+    for card in cards:
+        if card.exists() and json.loads(card.read_text()).get("sha256") == begun:
             first = _history(card.parent)
             return [own] if first is None else [first, own]
     return [own]

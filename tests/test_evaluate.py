@@ -86,6 +86,18 @@ def test_a_grid_that_is_no_square(tmp_path):
         assert np.allclose(*both, atol=0.02, rtol=1e-3, equal_nan=True)
 
 
+def test_organs_that_are_not_to_be_judged(world):
+    from rsna_seg.sources import SourceConfig
+
+    checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
+    volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes
+    assert set(volumes.organ[volumes.state == "not labelled"]) == {"left_kidney", "right_kidney", "bowel"}
+    few = score_masks(world / "tool", world / "true", labelled=("bowel",)).volumes
+    assert set(few.organ[few.state != "not labelled"]) == {"bowel"}
+    with pytest.raises(DataError, match="does not fit the name"):
+        score_masks(world / "tool", world / "true", pattern=r"(?P<patient>p\d+)_.*")
+
+
 def test_a_cross_validation_judges_everybody_once(world, tmp_path):
     done = rsna_seg("evaluate", world / "runs", world / "data", tmp_path / "out", "--workers", 1)
     assert done.returncode == 0, done.stderr
