@@ -50,7 +50,9 @@ def _read_report(folder):
         volumes, slices = (pd.read_csv(folder / f"{name}.csv", dtype=keys) for name in ("per_volume", "per_slice"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is no report of an evaluation ({error}); make one with rsna_seg evaluate or rsna_seg score.") from error
-    if metrics.get("schema") != "rsna_seg.evaluation" or metrics.get("version") != SCHEMA:
+    if metrics.get("schema", "rsna_seg.evaluation") != "rsna_seg.evaluation":
+        raise DataError(f"{folder} is no report of one model but {metrics['schema']}; give two that rsna_seg evaluate or score has written.")
+    if metrics.get("version") != SCHEMA:
         raise DataError(f"{folder / 'metrics.json'} was written by another version of rsna_seg; evaluate again.")
     return metrics, volumes, slices
 
@@ -86,9 +88,13 @@ def compare(
     if both.empty:
         raise DataError(f"{a} and {b} have no volume in common.")
     _check_truth(both, names)
-    sides = {side: both[["patient", "series", "organ"]].assign(**{s: both[f"{s}_{side}"] for s in (*SCORES,) if f"{s}_{side}" in both})
-                 .assign(abs_error_percent=both[f"error_percent_{side}"].abs()) for side in "ab"}  # fmt: skip
-    tables = {score: compare_patients(*(patient_means(sides[side], score) for side in "ab")) for score in SCORES}
+    both = both.assign(**{f"abs_error_percent_{side}": both[f"error_percent_{side}"].abs() for side in "ab"})
+    for score in SCORES:  # what only one of them has does not count for the other either
+        pair = [f"{score}_a", f"{score}_b"]
+        both[pair] = both[pair].where(both[pair].notna().all(axis=1))
+    if both.dice_a.isna().all():
+        raise DataError(f"{a} and {b} have no organ in common that both were judged on.")
+    tables = {score: compare_patients(*(patient_means(both, f"{score}_{side}") for side in "ab")) for score in SCORES}
     slices = sa.merge(sb, on=["patient", "series", "z"], suffixes=("_a", "_b"))
     return Comparison(names, folders, both, slices, _left_out(names, (va, vb), (ma, mb)), tables, (ma, mb))
 
@@ -105,7 +111,7 @@ def differences_figure(
 
 # %% ../nbs/08_compare.ipynb #c769d27d
 _EXPLAIN = [
-    "Difference: score of the second model minus that of the first, patient by patient, then averaged. For distances and volume errors less is better.",
+    "Difference: score of the second model minus that of the first, patient by patient, then averaged. For distances and volume errors less is better, and a volume bias is best near 0.",
     "Interval: 95 % BCa bootstrap over patients of the mean difference. If it does not hold 0, the difference is unlikely to be chance.",
     "p: two-sided Wilcoxon signed-rank test over patients. The page makes many tests; a single p just below 0.05 among them is what chance gives.",
     "Patients that only one model was judged on, and organs that are absent or not labelled, count for neither.",
@@ -118,7 +124,7 @@ def _sentences(result):
     row = table.loc[MEAN]
     said = [f"{b} against {a} on {result.volumes.groupby(['patient', 'series']).ngroups} volumes of {patients} patients.",
             f"Mean Dice of the organs: {row.b:.3f} against {row.a:.3f}, a difference of {row.difference:+.3f}"
-            + (" (one patient gives no interval)." if np.isnan(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g}).")]  # fmt: skip
+            + (" (too few patients for an interval)." if np.isnan(row.low) else f" (95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g}).")]  # fmt: skip
     organs = table.drop(MEAN).dropna(subset=["low"])
     for better, chosen in ((b, organs[organs.low > 0]), (a, organs[organs.high < 0])):
         if len(chosen):
@@ -136,10 +142,10 @@ def _score_section(result, score):
 
 # %% ../nbs/08_compare.ipynb #5266d95e
 def _stacked(paths):
-    "Pictures above each other as one PNG, or None if one is missing."
-    if not all(path.exists() for path in paths):
-        return None
+    "Pictures above each other as one PNG, or None if one is missing or damaged."
     images = [cv2.imread(str(path)) for path in paths]
+    if any(image is None for image in images):
+        return None
     width = max(image.shape[1] for image in images)
     padded = [cv2.copyMakeBorder(i, 0, 8, 0, width - i.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255)) for i in images]
     return cv2.imencode(".png", np.concatenate(padded))[1].tobytes()

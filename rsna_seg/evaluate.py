@@ -7,7 +7,6 @@ __all__ = ['evaluate', 'score_masks']
 
 # %% ../nbs/05_evaluate.ipynb #c9994307
 import itertools
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from .organs import CLASSES, ORGANS
 from .predict import Predictor, from_square
 from .scan import off_square, read_scan, square_grid, window
 from .scores import Evaluation, Judge, Spacing, Tolerance, slices_to_show
-from .sources import ScanCase, SourceConfig, find_source, nifti_names
+from .sources import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
 from .train import open_run
 
 # %% ../nbs/05_evaluate.ipynb #ff23d2cc
@@ -190,6 +189,9 @@ def _judge_scan(judge, case, predictor):
             _take(judged, z, predictor.logits(scan.hu, z), classes, grey)
 
 
+_UNKNOWN_PATIENTS = "Scans do not tell whether their patients were in the training: make sure that they were not."
+
+
 @torch.inference_mode()
 def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, pictures):
     "Judges a checkpoint on the scans of a source."
@@ -204,19 +206,19 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
             _judge_scan(judge, case, predictor)
         except RsnaSegError as error:
             judge.skip(case.patient, case.series, error)
-    return judge.result({"models": [_about(models[0], predictor.card)], "part": "all scans", "notes": list(found.notes),
+    return judge.result({"models": [_about(models[0], predictor.card)], "part": "all scans", "notes": [*found.notes, _UNKNOWN_PATIENTS],
                          "data": {"source": str(source), "kind": found.kind, "mask": str(mask) if mask else None}})  # fmt: skip
 
 # %% ../nbs/05_evaluate.ipynb #dfeed392
 def evaluate(
     checkpoint: str | Path,  # a .pth of this network, a run's folder, or a folder of runs, one a fold
     data: str | Path,  # a dataset folder, made by `prepare`; or scans with masks, in a layout that `prepare` knows
-    split: str = "valid",  # of a dataset folder: "valid" or "train"
+    split: str = "valid",  # of a dataset folder: "valid" or "train"; scans have none
     batch_size: int = 16,
     workers: int = 16,  # loader processes, at most one for each core
     device: str | None = None,  # "cuda", "cpu"; the GPU if there is one
     fold: int | None = None,  # of a dataset folder, to be the validation part; the one that the checkpoint was trained without if None
-    mask: str | Path | None = None,  # of a scan, or the folder of masks if they lie elsewhere
+    mask: str | Path | None = None,  # of a scan, not of a dataset folder, or the folder of masks if they lie elsewhere
     source: SourceConfig = SourceConfig(),  # what the scans cannot say about themselves
     tolerance: Tolerance = Tolerance(),  # of NSD
     pictures: str | Path | None = None,  # folder to draw each volume into
@@ -229,15 +231,17 @@ def evaluate(
 
 # %% ../nbs/05_evaluate.ipynb #8caa3ddc
 def _mask_cases(folder, labels, scans):
-    "The masks in a folder by case, as cases of `find_source`."
-    folder, groups = Path(folder), {}
-    for name, path in nifti_names(folder).items():
-        groups.setdefault(name.split("/")[0], []).append(path)
+    "The masks in a folder by case, as cases of `find_source`, and the organs that all of them show."
+    names, groups = nifti_names(folder), {}
+    known = label_map(labels or "totalsegmentator").names
+    by_organ = any("/" in name and name.split("/")[-1] in known for name in names)
+    for name, path in names.items():
+        groups.setdefault(name.split("/")[0] if by_organ else name, []).append(path)
     if not groups:
         raise DataError(f"{folder} does not exist or holds no NIfTI masks, neither files of labels nor folders of a file for each organ.")
-    by_organ = any(len(paths) > 1 for paths in groups.values())
     labels = label_map(labels or ("totalsegmentator" if by_organ else "rsna"))
-    return {name: ScanCase(name, "1", scans.get(name, paths[0]), tuple(sorted(paths)), labels, by_organ=by_organ) for name, paths in groups.items()}
+    cases = {name: ScanCase(name, name, scans.get(name, paths[0]), tuple(sorted(paths)), labels, by_organ=by_organ) for name, paths in groups.items()}
+    return cases, organs_in_all([c.masks for c in cases.values()], labels)[0] if by_organ else labels.labelled
 
 
 def _judge_masks(judge, predicted, true, has_scan):
@@ -264,18 +268,18 @@ def score_masks(
 ) -> Evaluation:
     "Scores masks against masks; a case that is broken or has no prediction is listed and left out. Raises `DataError` or `ConfigError`."
     ct = {name.removesuffix("_0000"): path for name, path in nifti_names(scans).items()} if scans else {}
-    true, found = _mask_cases(truth, labels, ct), _mask_cases(predicted, predicted_labels, {})
+    (true, shown), (found, _) = _mask_cases(truth, labels, ct), _mask_cases(predicted, predicted_labels, {})
+    fits = compile_pattern(pattern).fullmatch if pattern else None
     if not true.keys() & found.keys():
         raise DataError(f"{predicted} and {truth} hold no cases of the same names; the first are {min(found)} and {min(true)}.")
-    organs = tuple(labelled) or next(iter(true.values())).labels.labelled
+    organs = tuple(labelled) or shown
     if strange := [key for key in organs if key not in ALL_ORGANS]:
         raise DataError(f"{strange[0]} is no organ of ours; labelled can name {', '.join(ALL_ORGANS)}.")
     judge = Judge([o.key for o in ORGANS if o.key in organs], tolerance, probabilities=False, pictures=pictures)
     for name, case in tqdm(sorted(true.items()), desc="score", unit="case"):
-        match = re.fullmatch(pattern, name) if pattern else None
-        if pattern and not match:
+        if fits and not fits(name):
             raise DataError(f"{case.masks[0]}: the pattern {pattern} does not fit the name {name}, so its patient is unknown.")
-        case = replace(case, patient=match["patient"], series=name) if match else case
+        case = replace(case, patient=fits(name)["patient"]) if fits else case
         try:
             if name not in found:
                 raise DataError(f"{predicted} has no prediction of that name.")

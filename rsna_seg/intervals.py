@@ -29,8 +29,9 @@ def mean_interval(
     seed: int = 0,
 ) -> tuple:  # mean, low, high; NaN for no patient, low and high NaN for one
     "Mean over patients, then over columns, with its BCa bootstrap interval over patients (Efron 1987)."
-    values = np.asarray(values, dtype=float).reshape(len(values), -1)
-    values = values[~np.isnan(values).all(axis=1)]
+    values = np.asarray(values, dtype=float)
+    values = values.reshape(len(values), -1) if len(values) else np.empty((0, 1))
+    values = values[~np.isnan(values).all(axis=1)][:, ~np.isnan(values).all(axis=0)]
 
     def mean(index, axis=-1):  # of drawn patients, (..., patients)
         drawn = values[index]
@@ -43,7 +44,7 @@ def mean_interval(
     middle = float(mean(patients)) if len(values) else np.nan
     if len(values) < 2:
         return middle, np.nan, np.nan
-    if (np.ptp(values, axis=0) == 0).all():  # nothing varies, also not between draws
+    if (np.nanmax(values, axis=0) == np.nanmin(values, axis=0)).all():  # nothing varies, also not between draws
         return middle, middle, middle
     found = bootstrap((patients,), mean, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=seed,
                       batch=max(1, 1_000_000 // values.size), vectorized=True).confidence_interval  # fmt: skip

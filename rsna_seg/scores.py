@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .files import ConfigError, RsnaSegError, whole_file
+from .files import ConfigError, DataError, RsnaSegError, whole_file
 from .intervals import MEAN, interval_table, patient_means
 from .metrics import dice, iou, merge_unlabelled, score_table, slice_confusions
 from .organs import CLASSES, ORGANS
@@ -45,7 +45,7 @@ class Spacing:
     "Size and place of the slices of a volume."
     row_mm: float = np.nan  # distance of two rows
     col_mm: float = np.nan  # distance of two columns
-    slice_mm: np.ndarray = field(default_factory=lambda: np.array([np.nan]))  # each slice's share of the body, (slices,)
+    slice_mm: np.ndarray = field(default_factory=lambda: np.array([np.nan]))  # half the way to both neighbours, (slices,)
     positions: np.ndarray | None = None  # of the slices along their normal, mm, rising, (slices,)
 
     @property
@@ -156,7 +156,7 @@ class CasePictures:
 
     def save(self):
         "Writes the files."
-        greys, truths, predictions, numbers = zip(*self.tiles[::-1])
+        greys, truths, predictions, numbers = zip(*(self.tiles[::-1] or [self.worst]))
         save_png(mosaic(list(greys), list(truths), list(predictions), [f"z {n}" for n in numbers]), self.folder / f"{self.name}.png", dpi=110)
         grey, truth, prediction, number = self.worst
         images = {"truth": truth, "prediction": prediction, "z": number} | ({} if grey is None else {"grey": grey})
@@ -211,13 +211,21 @@ class _Case:
         probabilities: torch.Tensor | None = None,  # (slices, 6, row, col), 0..1
     ):
         "The next slices."
+        shown = torch.tensor([c.id if c.key in self.judge.labelled else 0 for c in CLASSES], dtype=torch.uint8, device=prediction.device)
         counts = self.tally.add(prediction, truth)
         self.z.extend(map(int, z))
         if probabilities is not None:
             self.judge.roc.update(probabilities, truth)
         if self.pictures:
             wrong = counts.sum(axis=(1, 2)) - counts.trace(axis1=1, axis2=2)
-            self.pictures.add(z, grey, truth.cpu().numpy(), prediction.cpu().numpy(), wrong)
+            self.pictures.add(z, grey, truth.cpu().numpy(), shown[prediction.long()].cpu().numpy(), wrong)
+
+    def check(self):
+        "Raises `DataError` for a volume without slices, `ConfigError` for scores that are no probabilities."
+        if not self.z:
+            raise DataError(f"Series {self.series} of patient {self.patient} has no slices.")
+        if self.judge.roc and int(self.judge.roc.strays):
+            raise ConfigError("The network gives no probabilities but NaN: its weights have diverged; take the checkpoint of an earlier epoch.")
 
 # %% ../nbs/29_scores.ipynb #eb4d9e37
 class Judge:
@@ -239,12 +247,13 @@ class Judge:
         patient: str,
         series: str,
         spacing: Spacing = Spacing(),
-        shown=(),  # numbers of the slices to draw
+        shown=(),  # numbers of the slices to draw; the one with the most wrong pixels if none
     ):
         "Takes a volume's slices; one that raises an `RsnaSegError` is noted as skipped, and the others go on."
         case, before = _Case(self, patient, series, spacing, shown), copy.deepcopy(self.roc)
         try:
             yield case
+            case.check()
             rows, counts = case.tally.rows(), np.concatenate(case.tally.counts)
         except RsnaSegError as error:
             self.roc = before

@@ -320,7 +320,7 @@ def _sections(result, scores, drawn):
     "The page's parts, the most telling first."
     table, reasons = organ_table(result, scores)
     first, more = (table.columns.isin(["patients", *(SCORES[s] for s in shown)]) for shown in (_FIRST, [s for s in SCORES if s not in _FIRST]))
-    sections = [Section("Each organ", "Means over patients, in brackets the 95 % interval for the mean of all such patients.", table.loc[:, first],
+    sections = [Section("Each organ", "Means over patients, in brackets the 95 % interval for the mean of all such patients. The column “patients” counts those with a Dice; distances rest on those of them in whom the organ was found.", table.loc[:, first],
                         drawn["dice"], alt="Bars of mean Dice by organ with intervals", absent=reasons.loc[:, first])]  # fmt: skip
     if "examples" in drawn:
         sections.append(Section("Worst, median and best", figure=drawn["examples"], caption="Of each volume the slice with the most wrong pixels. The"
@@ -332,7 +332,7 @@ def _sections(result, scores, drawn):
                      Section("Size and Dice", figure=drawn["dice_by_volume"], caption="Small organs have more edge for their size, and so a lower Dice for the same care.")]  # fmt: skip
     states = result.states().rename(index=organ_name)
     sections += [
-        Section("Each organ, further scores", "Means over patients, in brackets the 95 % interval.", table.loc[:, more], absent=reasons.loc[:, more]),
+        Section("Each organ, further scores", "Means over patients, in brackets the 95 % interval. The false-positive volume rests on patients without the organ.", table.loc[:, more], absent=reasons.loc[:, more]),
         Section("Which mean", _LEVELS, result.levels().rename(index=organ_name), absent="organ absent or not labelled"),
         Section("Found, missed, absent", "In how many volumes.", states.rename_axis("organ")),
         Section("All pixels together", f"Of {format_value(int(result.matrix.sum()))} pixels, {100 * pixel_accuracy(result.matrix):.2f} % have the right class.",
@@ -351,7 +351,7 @@ def _sections(result, scores, drawn):
     else:
         sections.append(Section("No curves", "These are masks without probabilities: ROC curves and calibration need probabilities."))
     if "training_curves" in drawn:
-        sections.append(Section("Training", figure=drawn["training_curves"], caption="The dotted line marks the epoch whose weights are judged here."))
+        sections.append(Section("Training", figure=drawn["training_curves"], caption="The dotted line marks the epoch whose weights are judged here; of several runs the first is drawn."))
     return [*sections, Section("How each number is defined", notes=_DEFINITIONS), Section("What it rests on", notes=_ground(result))]
 
 # %% ../nbs/30_summary.ipynb #7e1898d0
