@@ -173,8 +173,11 @@ def _organ_pixels(truth):
 
 
 def _labelled_only(mask, judge):
-    "The mask without organs that are not to be judged."
-    return np.array([c.id if c.key in judge.labelled else 0 for c in CLASSES], np.uint8)[mask]
+    "Takes organs that are not to be judged out of the mask, slice by slice: a second mask would not fit beside a long scan."
+    shown = np.array([c.id if c.key in judge.labelled else 0 for c in CLASSES], np.uint8)
+    for plane in mask:
+        plane[...] = shown[plane]
+    return mask
 
 
 def _judge_scan(judge, case, predictor):
