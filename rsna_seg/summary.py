@@ -307,7 +307,7 @@ def _cases(result):
     far = result.volumes.groupby(["patient", "series"]).hd95_mm.max().loc[order.index]
     far = far.round().astype("Int64").rename("largest HD95, mm")
     table = pd.concat([order.rename("mean Dice"), wide.rename(columns=organ_name), far], axis=1)
-    reasons = why.rename(columns=organ_name).reindex(columns=table.columns).fillna("no organ of this volume has a value")
+    reasons = why.rename(columns=organ_name).reindex(columns=table.columns).astype(object).fillna("no organ of this volume has a value")
     more = f" The worst {MOST_CASES} can be opened; the others' pictures are in the folder “cases”." if len(order) > len(parts) > 0 else ""
     return Section("Cases, the worst first", "Dice of each organ in each volume. A click on a column's heading sorts, one on a case opens it." + more,
                    table, sortable=True, links=links, parts=parts, absent=reasons)  # fmt: skip

@@ -272,7 +272,7 @@ def test_a_browser_opens_the_report(reports, name):
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_slices(tmp_path):
-    "A phantom of 2,000 slices of 512 x 512 in one volume in about 3 GB."
+    "A phantom of 2,000 slices of 512 x 512 in one volume in under 3 GB, also if the network draws noise."
     hu, mask, affine = render(draw_patient(1), size=128, slices=40)
     affine = affine @ np.diag([1 / 50, 1, 1, 1])
     for name, voxels, air in (("ct", hu, -1000), ("mask", mask, 0)):
@@ -286,5 +286,5 @@ def test_memory_does_not_grow_with_slices(tmp_path):
     command = [sys.executable, "-c", code, "evaluate", net, tmp_path / "data", tmp_path / "report", "--split", "train"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < 3.3e6  # kB; 2.9 GiB were measured
+    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < 2.9e6  # kB, 3 GB
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["slices"] == 2000
