@@ -9,8 +9,10 @@ __all__ = ['HELD', 'Grid', 'Scan', 'nifti_format', 'on_grid', 'dicom_series', 'c
 
 # %% ../nbs/11_scan.ipynb #9a314d6b
 import gzip
+import struct
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import numpy as np
 import pydicom
 from nibabel import orientations as orient
 from pydicom.encaps import generate_frames
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless, SecondaryCaptureImageStorage
@@ -226,6 +228,17 @@ def on_grid(
         there[:, :, k : k + _SLAB] = _to_hu(values[:, :, k : k + _SLAB], grid.path)
     return Scan(hu, affine, grid, _even_positions(affine, len(hu)), name, notes)
 
+# %% ../nbs/11_scan.ipynb #e66aae16
+@contextmanager
+def _damaged(path):
+    "Turns what pydicom and numpy meet in the header of a damaged file into a `ScanError`."
+    try:
+        yield
+    except RsnaSegError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, OverflowError, struct.error, BytesLengthException) as error:
+        raise ScanError(f"{path} has a damaged header ({error}); copy it again.") from error
+
 # %% ../nbs/11_scan.ipynb #4614a5c0
 def _decode_rle(dataset):
     "Words of an RLE slice, (row, col), from the decoder itself: Kaggle's files are all of this kind, and pydicom's way there is slow."
@@ -244,8 +257,10 @@ def _decode(dataset, path):
         if syntax == RLELossless and dataset.BitsAllocated == 16 and dataset.SamplesPerPixel == 1:
             return _decode_rle(dataset)
         return pixel_array(dataset)
-    except Exception as error:  # every decoder has errors of its own
-        name, reason = getattr(syntax, "name", "that is not stated"), str(error).splitlines()[0]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # every decoder has errors of its own, and those of one in Rust are no Exception
+        name, reason = getattr(syntax, "name", "that is not stated"), (str(error).splitlines() or [type(error).__name__])[0]
         raise ScanError(f"{path} cannot be decoded from the transfer syntax {name}: {reason}") from error
 
 
@@ -271,9 +286,11 @@ def _is_padding(stored, dataset):
 def _slice_hu(path, header):
     "A slice's HU, int16, (row, col), from its header if that still holds the pixels; raises `ScanError`."
     dataset = header if "PixelData" in header else _read_file(path)
-    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
-    stored = _signed(_decode(dataset, path), dataset)
-    padding = _is_padding(stored, dataset)
+    pixels = _decode(dataset, path)
+    with _damaged(path):
+        slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+        stored = _signed(pixels, dataset)
+        padding = _is_padding(stored, dataset)
     del dataset.PixelData  # a series' worth of them would add up
     hu = _to_hu(stored + int(intercept) if slope == 1 and intercept % 1 == 0 else stored * slope + intercept, path)
     return hu if padding is None else np.where(padding, np.minimum(hu, np.int16(-1024)), hu)
@@ -296,7 +313,8 @@ def _check_slice(header, path):
         raise ScanError(f"{path} lacks {', '.join(missing)}: without that, its values or their place are unknown.")
     if header.SamplesPerPixel != 1 or header.PhotometricInterpretation != "MONOCHROME2":
         raise ScanError(f"{path} is not a grey CT slice but {header.PhotometricInterpretation}.")
-    place = np.array([header.Rows, header.Columns, *(v for tag in _PLACE for v in np.atleast_1d(header[tag].value))], float)
+    with _damaged(path):
+        place = np.array([header.Rows, header.Columns, *(v for tag in _PLACE for v in np.atleast_1d(header[tag].value))], float)
     across, down = place[4:7], place[7:10]
     if len(place) != 13 or not np.isfinite(place).all() or min(place[2:4]) <= 0 or abs(across @ down) > 1e-3 or across @ across < 0.9:
         raise ScanError(f"{path} has a PixelSpacing or ImageOrientationPatient that cannot be; export the series again.")
@@ -307,8 +325,12 @@ def _read_file(path, **how):
     "The dataset of a DICOM file, or None for a file of another kind; raises `ScanError` if it is cut short."
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is told below in a sentence
             warnings.filterwarnings("error", "End of file reached before delimiter")
-            dataset = pydicom.dcmread(path, **how)
+            with _damaged(path):
+                dataset = pydicom.dcmread(path, **how)
+                for tag in _HEADER:  # parsed when asked for, and here the file can be named
+                    dataset.get(tag)
     except UserWarning:
         dataset = ()
     except (InvalidDicomError, EOFError):
@@ -452,7 +474,9 @@ def assemble(
 ) -> Scan:
     "The scan of a DICOM series; raises `ScanError`."
     slices, along, copies = _by_position(slices)
-    affine, one = _series_affine(slices), slices[0][1]
+    one = slices[0][1]
+    with _damaged(slices[0][0]):
+        affine = _series_affine(slices)
     shape = int(one.Columns), int(one.Rows), len(slices)
     hu, there, turned = _turned(shape, affine, np.int16)
     for k, (file, header) in enumerate(slices):
