@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_headers', 'organ_codes', 'save_dicom_seg', 'outlines', 'save_rtstruct']
 
-# %% ../nbs/31_dicom.ipynb #96f4af4d
+# %% ../nbs/31_dicom.ipynb #1a675479
 import hashlib
 import warnings
 from contextlib import contextmanager
@@ -27,11 +27,11 @@ from scipy.spatial.distance import cdist
 from skimage.measure import find_contours
 
 from . import __version__
-from .files import ConfigError, OutputError, ScanError, whole_file, writing
+from .files import ConfigError, OutputError, RsnaSegError, ScanError, whole_file, writing
 from .organs import CLASSES, ORGANS, Organ, palette
 from .scan import Scan, in_source_order
 
-# %% ../nbs/31_dicom.ipynb #82ef8b84
+# %% ../nbs/31_dicom.ipynb #ae68e431
 _MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
                  "StudyTime", "ReferringPhysicianName")  # fmt: skip
 _UIDS = ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
@@ -41,7 +41,7 @@ _DATES = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 def _is(kind, value):
     try:
         return bool(kind(value) or True)
-    except ValueError:
+    except (ValueError, TypeError):
         return False
 
 
@@ -61,7 +61,7 @@ def _fill(header, scan):
     header.SliceThickness = header.get("SliceThickness") or scan.spacing[0]
     header.pop("SpacingBetweenSlices", None)  # often wrong; the positions tell
 
-# %% ../nbs/31_dicom.ipynb #82a694e7
+# %% ../nbs/31_dicom.ipynb #3d939d03
 _OF_ALL = (*_UIDS, "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "Modality", "SliceThickness")
 _OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient")
 
@@ -93,7 +93,7 @@ def source_headers(
         seen.add(uid)
     return headers
 
-# %% ../nbs/31_dicom.ipynb #1a173e88
+# %% ../nbs/31_dicom.ipynb #0fbf0392
 _SIDES = {"left_kidney": codes.SCT.Left, "right_kidney": codes.SCT.Right}
 
 
@@ -104,7 +104,7 @@ def organ_codes(
     side = _SIDES.get(organ.key)
     return (codes.SCT.Kidney, side) if side else (Code(organ.snomed, "SCT", organ.name), None)
 
-# %% ../nbs/31_dicom.ipynb #e88bd697
+# %% ../nbs/31_dicom.ipynb #0af71b6d
 _ALL = tuple(o.key for o in ORGANS)
 
 
@@ -123,7 +123,7 @@ def _to_write(mask, scan, organs):
         raise OutputError(f"Nothing was found in {scan.name} (looked for: {absent}), and DICOM has no empty mask; use NIfTI.")
     return there, f"Not found: {absent}" if absent else "All organs found that were looked for"
 
-# %% ../nbs/31_dicom.ipynb #79313f17
+# %% ../nbs/31_dicom.ipynb #cc7a42eb
 def _highdicom():
     "The package; raises `ConfigError` if it is not installed."
     try:
@@ -140,6 +140,8 @@ def _headers_as_they_are(path):
         warnings.simplefilter("ignore")
         try:
             yield
+        except RsnaSegError:
+            raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise OutputError(f"{path} is not written: the series' headers do not allow it ({error}); use NIfTI.") from error
 
@@ -149,7 +151,7 @@ def _save(dataset, path):
         dataset.save_as(part, enforce_file_format=True)
     return Path(path)
 
-# %% ../nbs/31_dicom.ipynb #ecbe1341
+# %% ../nbs/31_dicom.ipynb #e6494c12
 def _described(header, algorithm, description):
     "What both kinds of object say about themselves and their maker."
     return {
@@ -169,7 +171,7 @@ def _type_code(organ):
         item.SegmentedPropertyTypeModifierCodeSequence = [coded(side)]
     return item
 
-# %% ../nbs/31_dicom.ipynb #5607300a
+# %% ../nbs/31_dicom.ipynb #4510b9e0
 def _segment(organ, number, algorithm):
     "The description of a segment."
     hd = _highdicom()
@@ -195,18 +197,18 @@ def save_dicom_seg(
     "Writes a binary DICOM SEG with a segment for each organ found; raises `ScanError`, `ConfigError` or `OutputError`."
     hd = _highdicom()
     there, found = _to_write(mask, scan, organs)
-    headers = source_headers(scan)
     numbers = np.zeros(len(CLASSES), np.uint8)
     numbers[[o.id for o in there]] = np.arange(len(there)) + 1
     with _headers_as_they_are(path):
+        headers = source_headers(scan)
         dataset = hd.seg.Segmentation(
             source_images=headers, pixel_array=numbers[in_source_order(mask, scan).T], segmentation_type="BINARY",
             segment_descriptions=[_segment(o, n, algorithm) for n, o in enumerate(there, 1)], series_number=901,
             content_label="ORGANS", content_description=found[:64], **_described(headers[0], algorithm, "organs as SEG"),
         )  # fmt: skip
-    return _save(dataset, path)
+        return _save(dataset, path)
 
-# %% ../nbs/31_dicom.ipynb #78f75d25
+# %% ../nbs/31_dicom.ipynb #fb040d8e
 def _joined(ring, hole):
     "One ring around both, to the hole and back on the same line."
     between_rows = [(2 * points[:, 0]).astype(int) % 2 for points in (ring, hole)]
@@ -238,7 +240,7 @@ def outlines(
         rings.append(_corners(outer))
     return rings
 
-# %% ../nbs/31_dicom.ipynb #f8cbdaeb
+# %% ../nbs/31_dicom.ipynb #fe53fb3f
 _CONTOUR_DATA = Tag("ContourData")
 
 
@@ -267,7 +269,7 @@ def _contour(ring, header):
     item[_CONTOUR_DATA] = RawDataElement(_CONTOUR_DATA, "DS", len(text), text, 0, True, True)
     return item
 
-# %% ../nbs/31_dicom.ipynb #3aa4760e
+# %% ../nbs/31_dicom.ipynb #12023a57
 def _contours(mask, scan, there, headers):
     "The items of each organ's contour sequence, by id."
     found = {o.id: [] for o in there}
@@ -279,8 +281,8 @@ def _contours(mask, scan, there, headers):
                 found[organ] += [_contour(ring + corner, header) for ring in outlines(plane[box] == organ)]
     return found
 
-# %% ../nbs/31_dicom.ipynb #ac1ec071
-_STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # Detached Study Management, which PS3.3 C.8.8.5 still asks for here
+# %% ../nbs/31_dicom.ipynb #40896305
+_STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # Detached Study Management: long retired, and still what stands here
 
 
 def _referenced_series(headers):
@@ -316,9 +318,9 @@ def save_rtstruct(
     "Writes an RT Structure Set with an ROI for each organ found; raises `ScanError`, `ConfigError` or `OutputError`."
     hd = _highdicom()
     there, found = _to_write(mask, scan, organs)
-    headers, now = source_headers(scan), datetime.now()
-    first, contours = headers[0], _contours(mask, scan, there, headers)
     with _headers_as_they_are(path):
+        headers, now = source_headers(scan), datetime.now()
+        first, contours = headers[0], _contours(mask, scan, there, headers)
         dataset = hd.base.SOPClass(
             study_instance_uid=first.StudyInstanceUID, sop_class_uid=RTStructureSetStorage, modality="RTSTRUCT",
             series_number=902, transfer_syntax_uid=ImplicitVRLittleEndian,  # an explicit one holds 64 kB of text
@@ -332,4 +334,4 @@ def save_rtstruct(
         dataset.ReferencedFrameOfReferenceSequence = [_referenced_series(headers)]
         items = [_roi(o, n, contours[o.id], first, algorithm) for n, o in enumerate(there, 1)]
         dataset.StructureSetROISequence, dataset.ROIContourSequence, dataset.RTROIObservationsSequence = map(list, zip(*items))
-    return _save(dataset, path)
+        return _save(dataset, path)
