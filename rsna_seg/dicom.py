@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_headers', 'organ_codes', 'save_dicom_seg', 'outlines', 'save_rtstruct']
 
-# %% ../nbs/31_dicom.ipynb #1a675479
+# %% ../nbs/31_dicom.ipynb #7a190cc3
 import hashlib
 import warnings
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from .files import ConfigError, OutputError, RsnaSegError, ScanError, whole_file
 from .organs import CLASSES, ORGANS, Organ, palette
 from .scan import Scan, in_source_order
 
-# %% ../nbs/31_dicom.ipynb #ae68e431
+# %% ../nbs/31_dicom.ipynb #5a4cfa0f
 _MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
                  "StudyTime", "ReferringPhysicianName")  # fmt: skip
 _UIDS = ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
@@ -61,7 +61,7 @@ def _fill(header, scan):
     header.SliceThickness = header.get("SliceThickness") or scan.spacing[0]
     header.pop("SpacingBetweenSlices", None)  # often wrong; the positions tell
 
-# %% ../nbs/31_dicom.ipynb #3d939d03
+# %% ../nbs/31_dicom.ipynb #1c2431d6
 _OF_ALL = (*_UIDS, "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "Modality", "SliceThickness")
 _OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient")
 
@@ -93,7 +93,7 @@ def source_headers(
         seen.add(uid)
     return headers
 
-# %% ../nbs/31_dicom.ipynb #0fbf0392
+# %% ../nbs/31_dicom.ipynb #b5b183eb
 _SIDES = {"left_kidney": codes.SCT.Left, "right_kidney": codes.SCT.Right}
 
 
@@ -104,7 +104,7 @@ def organ_codes(
     side = _SIDES.get(organ.key)
     return (codes.SCT.Kidney, side) if side else (Code(organ.snomed, "SCT", organ.name), None)
 
-# %% ../nbs/31_dicom.ipynb #0af71b6d
+# %% ../nbs/31_dicom.ipynb #5aeb0e45
 _ALL = tuple(o.key for o in ORGANS)
 
 
@@ -123,7 +123,7 @@ def _to_write(mask, scan, organs):
         raise OutputError(f"Nothing was found in {scan.name} (looked for: {absent}), and DICOM has no empty mask; use NIfTI.")
     return there, f"Not found: {absent}" if absent else "All organs found that were looked for"
 
-# %% ../nbs/31_dicom.ipynb #cc7a42eb
+# %% ../nbs/31_dicom.ipynb #43865485
 def _highdicom():
     "The package; raises `ConfigError` if it is not installed."
     try:
@@ -151,7 +151,7 @@ def _save(dataset, path):
         dataset.save_as(part, enforce_file_format=True)
     return Path(path)
 
-# %% ../nbs/31_dicom.ipynb #e6494c12
+# %% ../nbs/31_dicom.ipynb #e85ea40b
 def _described(header, algorithm, description):
     "What both kinds of object say about themselves and their maker."
     return {
@@ -171,7 +171,7 @@ def _type_code(organ):
         item.SegmentedPropertyTypeModifierCodeSequence = [coded(side)]
     return item
 
-# %% ../nbs/31_dicom.ipynb #4510b9e0
+# %% ../nbs/31_dicom.ipynb #b2eef055
 def _segment(organ, number, algorithm):
     "The description of a segment."
     hd = _highdicom()
@@ -208,7 +208,7 @@ def save_dicom_seg(
         )  # fmt: skip
         return _save(dataset, path)
 
-# %% ../nbs/31_dicom.ipynb #fb040d8e
+# %% ../nbs/31_dicom.ipynb #8bcb2494
 def _joined(ring, hole):
     "One ring around both, to the hole and back on the same line."
     between_rows = [(2 * points[:, 0]).astype(int) % 2 for points in (ring, hole)]
@@ -240,7 +240,7 @@ def outlines(
         rings.append(_corners(outer))
     return rings
 
-# %% ../nbs/31_dicom.ipynb #fe53fb3f
+# %% ../nbs/31_dicom.ipynb #6bb5088f
 _CONTOUR_DATA = Tag("ContourData")
 
 
@@ -269,7 +269,7 @@ def _contour(ring, header):
     item[_CONTOUR_DATA] = RawDataElement(_CONTOUR_DATA, "DS", len(text), text, 0, True, True)
     return item
 
-# %% ../nbs/31_dicom.ipynb #12023a57
+# %% ../nbs/31_dicom.ipynb #39644740
 def _contours(mask, scan, there, headers):
     "The items of each organ's contour sequence, by id."
     found = {o.id: [] for o in there}
@@ -281,7 +281,7 @@ def _contours(mask, scan, there, headers):
                 found[organ] += [_contour(ring + corner, header) for ring in outlines(plane[box] == organ)]
     return found
 
-# %% ../nbs/31_dicom.ipynb #40896305
+# %% ../nbs/31_dicom.ipynb #90d37036
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # Detached Study Management: long retired, and still what stands here
 
 
