@@ -218,6 +218,7 @@ class Card:
     config: dict = field(default_factory=dict)  # settings of the run
     dataset: str = ""  # fingerprint of the dataset folder
     metrics: dict = field(default_factory=dict)  # on the validation slices
+    spacing: list = field(default_factory=list)  # [smallest, largest] of what it was trained on, mm along (z, row, col); empty if unknown
     sha256: str = ""  # of the checkpoint file
     versions: dict = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
 

@@ -212,6 +212,12 @@ def _row(epoch, tally, train_matrix, valid, memory):
     }  # fmt: skip
 
 
+def _spacing(manifest):
+    "Smallest and largest spacing of the training's slices, mm along (z, row, col); empty if none has one."
+    known = manifest.loc[manifest.split == "train", ["slice_mm", "row_mm", "col_mm"]].dropna()
+    return known.agg(["min", "max"]).round(4).to_numpy().tolist() if len(known) else []
+
+
 def _keep(out, network, data, taught, config, history):
     "Writes history.csv, and the checkpoint if the latest epoch is the best so far."
     with writing(out), whole_file(out / "history.csv") as part:
@@ -221,7 +227,7 @@ def _keep(out, network, data, taught, config, history):
         return
     info, metrics = data.info, {k: v for k, v in row.items() if k.startswith("valid_") and not math.isnan(v)}
     card = Card(size=config.size, level=info["level"], width=info["width"], channels=config.channels, labelled=taught,
-                config=asdict(config), dataset=info["fingerprint"], metrics=metrics)
+                config=asdict(config), dataset=info["fingerprint"], metrics=metrics, spacing=_spacing(data.manifest))
     with writing(out):
         save_checkpoint(network, out / config.checkpoint, card)
 
