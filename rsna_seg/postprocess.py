@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PostprocessConfig', 'midline', 'wrong_kidneys', 'postprocess']
 
-# %% ../nbs/35_postprocess.ipynb #debb658f
+# %% ../nbs/35_postprocess.ipynb #f4463d36
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .files import ConfigError
 from .organs import ORGANS
 from .scan import Scan
 
-# %% ../nbs/35_postprocess.ipynb #97f107e8
+# %% ../nbs/35_postprocess.ipynb #db0039e5
 @dataclass(frozen=True)
 class PostprocessConfig:
     "What is done to a mask after the network, in this order; nothing unless asked for."
@@ -31,7 +31,7 @@ class PostprocessConfig:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not a volume; give millilitres from 0.")
 
-# %% ../nbs/35_postprocess.ipynb #d035a2b2
+# %% ../nbs/35_postprocess.ipynb #2babcad8
 _BODY_HU, _BONE_HU = -300, 200
 _WIDE_MM, _NEAR_MM = 60, 30  # to either side: where the spine is looked for, and what counts as spine
 _LEAST_BONE_MM2 = 200
@@ -57,7 +57,7 @@ def _spine_column(plane, row_mm, col_mm):
         column = low + _median(near)
     return column, middle
 
-# %% ../nbs/35_postprocess.ipynb #90f13b92
+# %% ../nbs/35_postprocess.ipynb #82bbbfa3
 _EVERY_MM, _SMOOTH_MM = 5, 60
 
 
@@ -75,7 +75,7 @@ def midline(
     smooth = median_filter(columns[found], size=max(1, round(_SMOOTH_MM / (every * scan.spacing[0]))), mode="nearest")
     return np.interp(np.arange(len(scan.hu)), ranks[found], smooth)
 
-# %% ../nbs/35_postprocess.ipynb #7ec397a2
+# %% ../nbs/35_postprocess.ipynb #a780db59
 _LEFT, _RIGHT = 3, 4
 _ON_ONE_SIDE = 0.95  # share of a piece's voxels
 
@@ -100,7 +100,7 @@ def _around(boxes):
     "The box around some boxes."
     return tuple(slice(min(b[k].start for b in boxes), max(b[k].stop for b in boxes)) for k in range(3))
 
-# %% ../nbs/35_postprocess.ipynb #c1107517
+# %% ../nbs/35_postprocess.ipynb #2bf6705b
 def _mean_column(mask, organ):
     "Where an organ lies between right and left; NaN if it is not there."
     counts = sum((plane == organ).sum(0) for plane in mask)
@@ -116,7 +116,7 @@ def _left_share(labels, count, line):
             counts[: len(here)] += here
     return (left - 1) / np.maximum(total - 1, 1)
 
-# %% ../nbs/35_postprocess.ipynb #37c76c40
+# %% ../nbs/35_postprocess.ipynb #3ec441ec
 def wrong_kidneys(
     mask: np.ndarray,  # class ids, uint8, (z, row, col), on the scan's grid
     scan: Scan,
@@ -136,7 +136,7 @@ def wrong_kidneys(
     should[should == mask[box]] = 0
     return box, should
 
-# %% ../nbs/35_postprocess.ipynb #24a03325
+# %% ../nbs/35_postprocess.ipynb #27bbbc02
 def _ml(inside, scan, box):
     "Millilitres of a binary part of the scan."
     return float(np.count_nonzero(inside, axis=(1, 2)) @ scan.slice_ml[box[0]])
@@ -157,7 +157,7 @@ def _sides(mask, scan, config):
         np.copyto(mask[box], should, where=should > 0)
     return changes
 
-# %% ../nbs/35_postprocess.ipynb #be89b36b
+# %% ../nbs/35_postprocess.ipynb #d44b9b26
 def _piece_ml(labels, count, slice_ml):
     "Volume of each piece in ml; the first number is for what is no piece."
     ml = np.zeros(count + 1)
@@ -192,7 +192,7 @@ def _min_piece(mask, scan, config):
     boxes = _boxes(mask)
     return [_drop(mask, scan, o.id, boxes.get(o.id), config.min_piece_ml, largest=False) for o in ORGANS]
 
-# %% ../nbs/35_postprocess.ipynb #1d99f8b8
+# %% ../nbs/35_postprocess.ipynb #8de8e8b8
 def _fill(mask, scan, organ, box):
     "Fills an organ's holes; what was changed."
     import fill_voids
@@ -212,7 +212,7 @@ def _fill_holes(mask, scan, config):
     boxes = _boxes(mask)
     return [_fill(mask, scan, o.id, boxes.get(o.id)) for o in ORGANS]
 
-# %% ../nbs/35_postprocess.ipynb #050f24c6
+# %% ../nbs/35_postprocess.ipynb #7c482fef
 _STEPS = {"sides": _sides, "largest": _largest, "min_piece": _min_piece, "fill_holes": _fill_holes}
 
 
