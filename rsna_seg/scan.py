@@ -718,16 +718,17 @@ def in_source_order(
 
 
 def save_nifti(
-    mask: np.ndarray,  # class ids, (z, row, col) on the scan's grid
+    voxels: np.ndarray,  # class ids or HU, (z, row, col) on the scan's grid
     scan: Scan,  # the scan they belong to
     path: str | Path,  # ends in .nii or .nii.gz
+    dtype: type = np.uint8,  # of the voxels in the file
 ) -> Path:
-    "Writes the mask as uint8 on the source's own grid and affine; returns the path."
+    "Writes the voxels on the source's own grid and affine; returns the path."
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ScanError(f"{path} must end in .nii or .nii.gz.")
-    image = nib.Nifti1Image(in_source_order(mask.astype(np.uint8), scan), scan.source.affine, scan.source.header)
-    image.set_data_dtype(np.uint8)
+    image = nib.Nifti1Image(in_source_order(voxels.astype(dtype, copy=False), scan), scan.source.affine, scan.source.header)
+    image.set_data_dtype(dtype)
     image.header["cal_min"], image.header["cal_max"] = 0, 0
     with whole_file(path) as part:
         nib.save(image, part)
