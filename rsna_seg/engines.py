@@ -81,9 +81,10 @@ class TorchEngine:
         device: str = "cpu",  # "cpu", "cuda", "cuda:1" ...
         dtype: torch.dtype = torch.float32,  # of weights on a processor, of autocast on a GPU
     ):
-        self.device, self.dtype, self.autocast = torch.device(device), dtype, torch.device(device).type != "cpu"
+        self.device, self.dtype = torch.device(device), dtype
+        self.autocast = self.device.type != "cpu" and dtype != torch.float32
         self.model = fold_batchnorm(model).to(self.device, memory_format=torch.channels_last)
-        if not self.autocast:
+        if self.device.type == "cpu":
             keep_memory()  # else the pages of each batch's features are fetched anew
             self.model = self.model.to(dtype)
 
@@ -170,7 +171,7 @@ def make_engine(
     name: str,  # one of `ENGINES`
     model: nn.Module,  # in eval mode
     size: int = 512,  # pixels along both sides of the slices
-    device: str = "cuda",  # for "cuda": which
+    device: str | None = None,  # for PyTorch's: where; "cuda" or "cpu" if not given
 ):
     "The engine of that name; raises `ConfigError` if this computer cannot run it."
     if name not in ENGINES:
@@ -180,9 +181,9 @@ def make_engine(
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("PyTorch finds no CUDA GPU here; choose another engine, or auto.")
     if name == "cuda":
-        return TorchEngine(model, device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+        return TorchEngine(model, device or "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if name.startswith("torch"):
-        return TorchEngine(model, dtype=torch.bfloat16 if name == "torch-bf16" else torch.float32)
+        return TorchEngine(model, device or "cpu", torch.bfloat16 if name == "torch-bf16" else torch.float32)
     return OnnxEngine(model, size) if name == "onnxruntime" else OpenvinoEngine(model, size)
 
 # %% ../nbs/33_engines.ipynb #3838bafb

@@ -20,7 +20,7 @@ from .files import ConfigError, DataError, RsnaSegError
 from .labels import label_map
 from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
 from .organs import CLASSES, ORGANS
-from .predict import Predictor, from_square
+from .predict import PredictConfig, Predictor, from_square
 from .scan import off_square, read_scan, square_grid, window
 from .scores import Evaluation, Judge, Spacing, Tolerance, slices_to_show
 from .sources import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
@@ -186,7 +186,7 @@ def _judge_scan(judge, case, predictor):
     truth = _labelled_only(case.mask_on(scan), judge)
     spacing = Spacing(*scan.spacing[1:], scan.slice_mm, scan.positions)
     with judge.volume(case.patient, case.series, spacing, slices_to_show(_organ_pixels(truth))) as judged:
-        for z in predictor.batches(scan):
+        for z in predictor.batches(np.arange(len(scan.hu))):
             grey = window(scan.hu[z], predictor.card.level, predictor.card.width)
             classes = torch.from_numpy(truth[z]).to(predictor.device)
             _take(judged, z, predictor.logits(scan.hu, z), classes, grey)
@@ -203,7 +203,8 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
         raise ConfigError(f"{checkpoint} holds several runs; name one checkpoint to judge it on {source}.")
     if not isinstance(found.cases[0], ScanCase):
         raise DataError(f"{source} holds {found.kind}; make a dataset folder of it first: rsna_seg prepare {source} DATA")
-    predictor, judge = Predictor(models[0], device, batch_size), Judge(found.labelled, tolerance, pictures=pictures)
+    exact = PredictConfig("torch", device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size, crop=False)
+    predictor, judge = Predictor(models[0], exact), Judge(found.labelled, tolerance, pictures=pictures)
     for case in tqdm([c for c in found.cases if c.masks], desc="evaluate", unit="scan"):
         try:
             _judge_scan(judge, case, predictor)

@@ -162,8 +162,8 @@ class Predictor:
         self.engine, self.speeds = config.engine, {}
         if config.engine == "auto":
             self.engine, self.speeds = pick_engine(loaded[0][0], self.card.size, config.device)
-        device = config.device or "cuda"
-        self.engines = [make_engine(self.engine, model, self.card.size, device) for model, _ in loaded]
+        self.engines = [make_engine(self.engine, model, self.card.size, config.device) for model, _ in loaded]
+        self.device = getattr(self.engines[0], "device", torch.device("cpu"))
 
     def __repr__(self):
         tried = ", ".join(f"{name} {speed:.1f} slices/s" for name, speed in self.speeds.items())

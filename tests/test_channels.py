@@ -15,7 +15,7 @@ from rsna_seg.files import ConfigError
 from rsna_seg.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
 from rsna_seg.phantom import write_kaggle
-from rsna_seg.predict import Predictor
+from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scan import read_scan, window
 from rsna_seg.sources import find_source
 from rsna_seg.train import TrainConfig, train
@@ -132,10 +132,10 @@ def test_workers_hand_out_the_same_stacks(data):
 def test_prediction_shows_the_network_what_training_did(world, data, channels, tmp_path):
     torch.manual_seed(0)
     save_checkpoint(build_model(encoder_weights="none"), tmp_path / "net.pth", Card(size=SIZE, channels=channels))
-    predictor, slices = Predictor(tmp_path / "net.pth", "cpu", batch_size=5), SliceDataset(data, "train", channels=channels)
+    predictor, slices = Predictor(tmp_path / "net.pth", PredictConfig("torch", batch_size=5, crop=False)), SliceDataset(data, "train", channels=channels)
     case = next(c for c in find_source(world / "kaggle").cases if c.series in set(slices.rows.series))
     seen = []
-    predictor.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predictor.engines[0].model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     predictor(case.scan)
     rows = slices.rows[slices.rows.series == case.series].sort_values("z")
     assert len(seen) == 3 and list(rows.z) == list(range(12))
@@ -151,7 +151,7 @@ def test_evaluation_and_prediction_agree(world, data, run):
     result = evaluate(run.checkpoint, world / "data", batch_size=1, workers=0, device="cpu")
     assert (result.matrix.sum(axis=0) > 0).sum() >= 3  # the network finds something
     assert mean_organs(dice(result.matrix)) == pytest.approx(run.best.valid_dice, abs=1e-4)
-    predictor, agreed = Predictor(run.checkpoint, "cpu", batch_size=1), 0
+    predictor, agreed = Predictor(run.checkpoint, PredictConfig("torch", batch_size=1, crop=False)), 0
     for case in find_source(world / "kaggle").cases:
         rows = result.slices[result.slices.series == case.series]
         if len(rows):
@@ -164,7 +164,7 @@ def test_evaluation_and_prediction_agree(world, data, run):
 
 def test_the_network_looks_at_its_neighbours(world, run):
     "A scan upside down is another picture."
-    predictor, case = Predictor(run.checkpoint, "cpu", batch_size=1), find_source(world / "kaggle").cases[0]
+    predictor, case = Predictor(run.checkpoint, PredictConfig("torch", batch_size=1, crop=False)), find_source(world / "kaggle").cases[0]
     scan = read_scan(case.scan)
     turned = predictor(replace(scan, hu=np.ascontiguousarray(scan.hu[::-1]))).mask[::-1]
     assert (turned != predictor(scan).mask).any()

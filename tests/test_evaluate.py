@@ -20,7 +20,7 @@ from rsna_seg.metrics import volume_dice
 from rsna_seg.model import Card, build_model, read_card, save_checkpoint
 from rsna_seg.organs import ORGANS
 from rsna_seg.phantom import draw_patient, render, write_kaggle, write_mask
-from rsna_seg.predict import Predictor
+from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scan import read_mask, read_scan
 from rsna_seg.sources import find_source
 from rsna_seg.train import TrainConfig, train
@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_predicted_masks(world):
     "What `predict` gives for each scan, compared with its mask voxel by voxel, on the scan's own grid."
     checkpoint = world / "runs" / "fold0" / "best_model_512.pth"
     judged = evaluate(checkpoint, world / "data", workers=0, device="cpu").volumes.set_index(["series", "organ"])
-    predictor, seen = Predictor(checkpoint, "cpu"), 0
+    predictor, seen = Predictor(checkpoint, PredictConfig("torch", crop=False)), 0
     for case in find_source(world / "kaggle").cases:
         if case.series in judged.index.get_level_values("series"):
             scan = read_scan(case.scan)

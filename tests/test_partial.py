@@ -18,7 +18,7 @@ from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.metrics import dice, merge_unlabelled, pixel_accuracy
 from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, load_checkpoint, read_card
-from rsna_seg.predict import Predictor, save_segmentation
+from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
 from rsna_seg.scan import read_scan
 from rsna_seg.summary import write_evaluation
 from rsna_seg.train import TrainConfig, train
@@ -176,7 +176,7 @@ def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
     assert set(judged.volumes.patient) == set(manifest.patient[manifest.fold == 0]) and judged.about["part"] == "fold 0"
     everything = evaluate(run.checkpoint, world / "torso", "train", workers=0).table.Dice
     assert everything["Spleen"] == everything["Bowel"] == 0
-    segmented = Predictor(run.checkpoint, device="cpu")(read_scan(real_ct / "totalseg_example" / "ct.nii.gz"))
+    segmented = Predictor(run.checkpoint, PredictConfig("torch"))(read_scan(real_ct / "totalseg_example" / "ct.nii.gz"))
     assert not np.isin(segmented.mask, (2, 5)).any()
     assert segmented.organs.ml.isna().to_dict() == {key: key not in OUTLINED for key in ALL_ORGANS}
     save_segmentation(segmented, tmp_path / "organs")

@@ -133,7 +133,7 @@ def test_the_snippet_everybody_uses(real_ct, overfit, monkeypatch):
     model.eval()
     with torch.no_grad():
         classes = model(x).argmax(dim=1)
-        ours = Predictor(Path("best_mobilenet_rsna_refined.pth"), device="cpu").model(x).argmax(dim=1)
+        ours = load_checkpoint("best_mobilenet_rsna_refined.pth")[0](x).argmax(dim=1)
     assert classes.unique().numel() > 3
     agree = (classes == ours).float().mean().item()
     assert agree == 1.0
