@@ -15,15 +15,15 @@ import albumentations as A
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from limits import gflop_of_a_slice, products
 from loading import TutorialDataset
 from rounds import arguments, report, speeds, summary
 from torch.utils.data import DataLoader, Subset
-from torch.utils.flop_counter import FlopCounterMode
 
 from rsna_seg.augment import Augment
 from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, open_data, prepare
 from rsna_seg.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
-from rsna_seg.model import ALL_ORGANS, ENCODER, SegLoss, as_input, build_model
+from rsna_seg.model import ALL_ORGANS, ENCODER, SegLoss, build_model
 from rsna_seg.organs import CLASSES
 from rsna_seg.phantom import write_kaggle
 
@@ -139,27 +139,6 @@ def train(*words):
     return Epoch(losses, waited, memory / 1e9)
 
 
-def gflop_of_a_slice():
-    "Of the network's convolutions, forward and backward; the counter's own backward takes depthwise convolutions for dense ones."
-    with FlopCounterMode(display=False) as counter:
-        build_model(encoder_weights="none").to("meta")(as_input(torch.zeros(1, 512, 512, dtype=torch.uint8, device="meta")).expand(2, -1, -1, -1))
-    return 3 * counter.get_total_flops() / 2 / 1e9
-
-
-def products(precision, rounds):
-    "Matrix products of this machine, GFLOP/s."
-    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN does for convolutions in float32
-    size, times = (8192, 100) if GPU else (2048, 5)
-    a, b = torch.randn(2, size, size, device=DEVICE).to(DTYPES[precision])
-
-    def multiply():
-        for _ in range(times):
-            product = torch.mm(a, b)
-        product[0, 0].item()
-
-    return speeds({"": multiply}, times * 2 * size**3 / 1e9, "GFLOP/s", rounds)[""]
-
-
 def differences(folder, pools):
     "The largest difference of a step's loss: of ours to the usual loop's, and of the usual loop's to its own under noise."
     ways = {
@@ -196,9 +175,9 @@ def main():
         if not args.quick:
             unlike = differences(data, pools)
             longer = pools[OURS].submit(train, data, *WAYS[OURS], CURVE * BATCH, 1, True).result()
-    work = gflop_of_a_slice()
+    work = 3 * gflop_of_a_slice()  # forward and backward; the counter's own backward takes depthwise convolutions for dense ones
     for name, (_, precision) in list(WAYS.items())[:-1]:
-        limit = products(precision, rounds)
+        limit = products(DTYPES[precision], rounds, DEVICE)
         results[f"matrix products, {name.split()[-1]}"] = limit
         results[f"{name}: of their limit"] = summary([100 * results[name]["median"] * work / limit["median"]], "%")
     for name, epochs in done.items():

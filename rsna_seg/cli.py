@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "score a model on patients and write a report",
     "score": "score masks that another tool has made, and write a report",
     "compare": "two models on the same patients, from their reports",
-    "predict": "the organs of a scan: NIfTI mask, millilitres, a picture",
+    "predict": "the organs of a scan, or of many: NIfTI, DICOM SEG, volumes, reports",
 }
 
 
@@ -47,7 +47,7 @@ def _run(name, arguments):
             raise
         sys.exit(_complain(name, f"{error.filename or 'writing'}: {error.strerror}."))
     except KeyboardInterrupt:
-        goes_on = name in ("fetch", "prepare", "train", "finetune")
+        goes_on = name in ("fetch", "prepare", "train", "finetune", "predict")
         _complain(name, "interrupted; give the same command again to go on." if goes_on else "interrupted.")
         sys.exit(130)
 

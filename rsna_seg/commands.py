@@ -23,11 +23,13 @@ from .evaluate import evaluate, score_masks
 from .fetch import MASKED_SERIES, FetchConfig, fetch
 from .files import whole_file
 from .finetune import FinetuneConfig, finetune
+from .inputs import is_one_scan, list_series, opened
 from .intervals import interval_table, patient_means
+from .many import Job, predict_many
 from .model import load_checkpoint
 from .plan import find_lr, plan_run, suggest_lr
 from .plots import learning_rate_curve, save_png, training_curves
-from .predict import Predictor, save_segmentation
+from .predict import PredictConfig, Predictor, save_segmentation
 from .quality import inspect_data, write_quality
 from .scores import Tolerance
 from .sources import SourceConfig
@@ -226,20 +228,46 @@ class Compare:
         print(result.tables["dice"].round(4).to_string(), *result.left_out, f"report: {report}", sep="\n")
 
 # %% ../nbs/18_commands.ipynb #eb2bdab2
+def _tell_scan(result, out):
+    "Prints a scan's organs, what to look at, and where the files are."
+    organs = result.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)
+    print(organs.to_string(na_rep="-"), *(f"check: {f.text}" for f in result.findings), *result.notes, f"files: {out}", sep="\n")
+
+
 @dataclass(frozen=True)
 class Predict:
-    "The organs of a scan: organs.nii.gz on its own grid, volumes, preview.png."
+    "The organs of a scan, or of many: masks on their own grid, volumes, pictures, DICOM objects, reports. An interrupted run goes on."
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # a .pth of this network
-    scan: Annotated[Positional[Path], arg(metavar="SCAN")]  # a folder with one DICOM series, or a NIfTI file
-    out: Annotated[Positional[Path], arg(metavar="OUT")]  # the folder for the results
-    batch_size: int = 8  # slices at once
-    device: str | None = None  # cuda or cpu; the GPU if there is one
+    scan: Annotated[Positional[Path], arg(metavar="SCAN")]  # DICOM folder, zip or file, NIfTI, PNG or a folder of them; a folder or CSV of scans
+    out: Annotated[Positional[Path], arg(metavar="OUT")]  # the folder for the results; of many scans a folder each
+    also: tuple[Path, ...] = ()  # more checkpoints, to be averaged with the first
+    series: str | None = None  # of several DICOM series: the UID, its beginning or end, or the series number
+    list_series: bool = False  # only print the DICOM series that are there
+    spacing: tuple[float, float, float] | None = None  # of PNG slices: mm along slices, rows and columns
+    outputs: tuple[Literal["nifti", "seg", "rtstruct", "png", "preview", "report", "volumes"], ...] = ("nifti", "preview", "volumes")  # what to write
+    probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
+    jobs: int = 1  # processes for many scans
+    config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)
 
     def run(self):
-        result = Predictor(self.checkpoint, self.device, self.batch_size)(self.scan)
-        path = save_segmentation(result, self.out)
-        print(result.organs.round(1).to_string(), *result.notes, f"mask: {path}", sep="\n")
+        if self.list_series:
+            print(list_series(self.scan).to_string(index=False))
+            return 0
+        checkpoints = self.checkpoint, *self.also
+        if self.series is None and not is_one_scan(self.scan):
+            job = Job(tuple(map(str, checkpoints)), str(self.out), self.config, self.outputs, self.probabilities)
+            volumes, failed = predict_many(job, self.scan, self.jobs)
+            scans = volumes.scan.nunique() if len(volumes) else 0
+            print(f"{scans} scans segmented, {len(failed)} left out; {self.out / 'volumes.csv'}")
+            return int(len(failed) > 0)
+        predictor = Predictor(list(checkpoints), self.config)
+        print(predictor)
+        with opened(self.scan, self.series, self.spacing, predictor.card.level, predictor.card.width) as scan:
+            result = predictor(scan, self.out / "probabilities.h5" if self.probabilities else None)
+            save_segmentation(result, self.out, self.outputs)
+        _tell_scan(result, self.out)
+        return 0
 
 # %% ../nbs/18_commands.ipynb #b48be2ee
 _COMMANDS = {"demo": Demo, "fetch": Fetch, "prepare": Prepare, "inspect": Inspect, "train": Train, "finetune": Finetune,

@@ -1,0 +1,142 @@
+"How long does a scan take from DICOM on disk to NIfTI and volumes on a CPU, against the usual loop, ONNX Runtime and OpenVINO?"
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import cv2
+import nibabel as nib
+import numpy as np
+import pydicom
+import segmentation_models_pytorch as smp
+import torch
+from limits import gflop_of_a_slice, products
+from rounds import report, speeds
+
+from rsna_seg.engines import OnnxEngine, OpenvinoEngine
+from rsna_seg.model import ENCODER, Card, build_model, load_checkpoint, save_checkpoint
+from rsna_seg.organs import CLASSES
+from rsna_seg.outputs import save_segmentation
+from rsna_seg.phantom import draw_patient, render, write_series
+from rsna_seg.predict import PredictConfig, Predictor
+from rsna_seg.scan import read_scan
+
+SIZE, BATCH, ROUNDS = 512, 4, 3
+OURS, SNIPPET, ONNX, OPENVINO = "rsna_seg", "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
+
+
+def arguments():
+    "The words of the other benchmarks, a real scan, and weights."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scan", type=Path, help="a real CT, resampled to 512 x 512 beside the phantom")
+    parser.add_argument("--checkpoint", type=Path, help="weights; random ones if not given, which cost as much")
+    parser.add_argument("--slices", type=int, default=200, help="of the phantom")
+    parser.add_argument("--quick", action="store_true", help="24 slices of each scan and one round")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    return parser.parse_args()
+
+
+def write_phantom(folder, slices):
+    "A synthetic patient whose image is as wide as a scanner's usual field of view, as DICOM."
+    hu, _, affine = render(draw_patient(7), size=SIZE, slices=slices)
+    write_series(folder, hu, affine)
+
+
+def write_resampled(path, folder, slices):
+    "A real scan with its rows and columns resampled to a square of 512 pixels, as DICOM."
+    scan = read_scan(path)
+    rows, cols = scan.hu.shape[1:]
+    side = max(rows, cols)
+    around = [(0, 0), *(((side - n) // 2, side - n - (side - n) // 2) for n in (rows, cols))]
+    square = np.pad(scan.hu, around, constant_values=-1000)[: slices or None]
+    hu = np.stack([cv2.resize(plane, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for plane in square])
+    affine = scan.affine.copy()
+    affine[:3, 3] -= affine[:3, 1:3] @ [a[0] for a in around[1:]]
+    affine[:3, 1:3] *= side / SIZE
+    write_series(folder, hu, affine)
+
+
+def tutorial(series, out, infer):
+    "The same work as a tutorial writes it; `infer` gives the classes of some grey slices."
+    slices = sorted((pydicom.dcmread(p) for p in series.iterdir()), key=lambda s: float(s.ImagePositionPatient[2]))
+    hu = np.stack([s.pixel_array * float(s.RescaleSlope) + float(s.RescaleIntercept) for s in slices]).astype(np.float32)
+    grey = np.clip((hu + 150) / 400, 0, 1)
+    mask = np.concatenate([infer(grey[i : i + BATCH]) for i in range(0, len(grey), BATCH)]).astype(np.uint8)
+    spacing = [*map(float, slices[0].PixelSpacing), abs(float(slices[1].ImagePositionPatient[2]) - float(slices[0].ImagePositionPatient[2]))]
+    nib.save(nib.Nifti1Image(mask.transpose(2, 1, 0), np.diag([-spacing[1], -spacing[0], spacing[2], 1])), out / "mask.nii.gz")
+    return {c.key: float((mask == c.id).sum() * np.prod(spacing) / 1000) for c in CLASSES[1:]}
+
+
+def snippet(checkpoint):
+    "PyTorch as in most tutorials: one slice at a time, float32, the layout it comes in."
+    model = smp.Unet(encoder_name=ENCODER, encoder_weights=None, in_channels=3, classes=len(CLASSES))
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    model.eval()
+
+    @torch.no_grad()
+    def infer(grey):
+        found = []
+        for plane in grey:
+            image = torch.from_numpy(plane).expand(1, 3, -1, -1) * 2 - 1
+            found.append(model(image).argmax(1)[0].numpy())
+        return np.stack(found)
+
+    return infer
+
+
+def whole_frames(engine):
+    "A peer's runtime on full frames, the same bytes in, `argmax` out."
+    return lambda grey: engine(torch.from_numpy(np.rint(grey * 255).astype(np.uint8))).numpy().argmax(1)
+
+
+def agreement(a, b):
+    "Share of equal voxels of two masks on disk."
+    return float((np.asarray(nib.load(a).dataobj) == np.asarray(nib.load(b).dataobj)).mean())
+
+
+def main():
+    "Writes the scans, times all ways in turn, and reports."
+    args = arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ["TQDM_DISABLE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        folder, scans = Path(folder), {}
+        checkpoint = args.checkpoint or folder / "random.pth"
+        if args.checkpoint is None:
+            torch.manual_seed(0)
+            save_checkpoint(build_model(encoder_weights="none"), checkpoint, Card())
+        scans["phantom"] = folder / "phantom"
+        write_phantom(scans["phantom"], 24 if args.quick else args.slices)
+        if args.scan:
+            scans["real CT"] = folder / "real"
+            write_resampled(args.scan, scans["real CT"], 24 if args.quick else 0)
+        model = load_checkpoint(checkpoint)[0]
+        predictor = Predictor(checkpoint, PredictConfig(batch_size=BATCH))
+        print(predictor)
+        peers = {SNIPPET: snippet(checkpoint), ONNX: whole_frames(OnnxEngine(model, SIZE)), OPENVINO: whole_frames(OpenvinoEngine(model, SIZE, "f32"))}
+        rounds = 1 if args.quick else ROUNDS
+        results, ratios = {"matrix products, bfloat16": products(torch.bfloat16, rounds)}, {}
+        limit = results["matrix products, bfloat16"]["median"]
+        for name, series in scans.items():
+            count = len(list(series.iterdir()))
+            out = {way: folder / "out" / name / way for way in (OURS, *peers)}
+            for place in out.values():
+                place.mkdir(parents=True)
+            ways = {f"{name}: {OURS}": lambda series=series, out=out: save_segmentation(predictor(series), out[OURS], ("nifti", "volumes"))}
+            ways |= {f"{name}: {way}": lambda series=series, out=out, way=way, infer=infer: tutorial(series, out[way], infer) for way, infer in peers.items()}
+            results |= speeds(ways, count, "slices/s", rounds)
+            ours = results[f"{name}: {OURS}"]["median"]
+            ratios |= {f"{name}: ours/{way}": ours / results[f"{name}: {way}"]["median"] for way in peers}
+            box, ranks = predictor.work_on(read_scan(series))
+            share = ours * gflop_of_a_slice() / limit
+            print(f"{name}: {count} slices, {count / ours:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%} of the frame,"
+                  f" {len(ranks)} slices; {share:.0%} of the measured bfloat16 matrix-product limit ({limit:.0f} GFLOP/s), counting whole frames")
+            for way in peers:
+                print(f"{name}: {agreement(out[OURS] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels equal to {way}")
+        report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino"), rounds, args.json)
+
+
+if __name__ == "__main__":
+    main()
