@@ -8,7 +8,7 @@ __all__ = ['MAP', 'LEGEND', 'VIEWER', 'SLICES', 'TINT', 'MOVES', 'VIEW', 'BIND',
            'telling_slice', 'scale_bar', 'left_out', 'viewer_data', 'runs', 'viewer_html', 'heading', 'organ_table',
            'write_scan_report']
 
-# %% ../nbs/32_viewer.ipynb #6815413c
+# %% ../nbs/32_viewer.ipynb #c0da5f69
 import base64
 import zlib
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from .organs import CLASSES, ORGANS, overlay, palette
 from .report import Section, image_tag, write_report
 
-# %% ../nbs/32_viewer.ipynb #5172ac71
+# %% ../nbs/32_viewer.ipynb #541dbf55
 def packed_grey(
     plane: np.ndarray,  # windowed slice, uint8, (row, col)
     quality: int = 80,  # of the JPEG, 0..100
@@ -48,7 +48,7 @@ def unpacked(
     mask = zlib.decompress(base64.b64decode(data["mask"][i])) if data["mask"][i] else bytes(grey.size)
     return grey, np.frombuffer(mask, np.uint8).reshape(data["rows"], data["cols"])
 
-# %% ../nbs/32_viewer.ipynb #628c45a7
+# %% ../nbs/32_viewer.ipynb #c33b4411
 def kept_slices(
     count: int,  # slices of the scan
     most: int = 300,  # that are shown
@@ -67,7 +67,7 @@ def fit_plane(
     scale = side / max(rows, cols)
     return plane if scale >= 1 else cv2.resize(plane, (round(cols * scale), round(rows * scale)), interpolation=interpolation)
 
-# %% ../nbs/32_viewer.ipynb #f0263909
+# %% ../nbs/32_viewer.ipynb #5656190a
 def slice_picture(
     grey: np.ndarray,  # windowed slice, uint8, (row, col)
     mask: np.ndarray,  # class of each pixel, 0..5, same shape
@@ -82,7 +82,7 @@ def slice_picture(
     image[line] = np.uint8(palette())[large[1][line]]
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
-# %% ../nbs/32_viewer.ipynb #164d9218
+# %% ../nbs/32_viewer.ipynb #4d7399bc
 def telling_slice(
     counts: np.ndarray,  # pixels of each organ on each slice, (slice, organ)
 ) -> int:  # rank
@@ -90,7 +90,7 @@ def telling_slice(
     order = np.lexsort((-np.abs(np.arange(len(counts)) - len(counts) // 2), counts.sum(1), (counts > 0).sum(1)))
     return int(order[-1])
 
-# %% ../nbs/32_viewer.ipynb #afd323ef
+# %% ../nbs/32_viewer.ipynb #23e5027f
 def scale_bar(
     width: float,  # of the picture, mm
 ) -> int:  # mm
@@ -113,7 +113,7 @@ def left_out(
         told.append(f"Slices of {rows} × {cols} pixels are shown scaled down to {side}; the NIfTI file has every pixel.")
     return told
 
-# %% ../nbs/32_viewer.ipynb #2ea3a20c
+# %% ../nbs/32_viewer.ipynb #6bda2e92
 def viewer_data(
     grey: np.ndarray,  # windowed scan, uint8, (z, row, col); z from feet to head, columns to the patient's left
     mask: np.ndarray,  # class of each voxel, 0..5, same shape
@@ -139,7 +139,7 @@ def viewer_data(
     return {"rows": rows, "cols": cols, "height_mm": height_mm, "width_mm": width_mm, "start": telling_slice(np.array(counts)), "texts": texts,
             "organs": organs, "grey": greys, "mask": masks, "told": left_out(kept, mask.shape, side)}  # fmt: skip
 
-# %% ../nbs/32_viewer.ipynb #7128f76c
+# %% ../nbs/32_viewer.ipynb #7ab8c9c4
 def runs(
     here: np.ndarray,  # whether the organ is on a slice, bool, (slice,)
 ) -> list:  # of (first, number of slices)
@@ -153,7 +153,7 @@ MAP = """<svg class="map" viewBox="0 0 {{ data.grey|length }} {{ 2 * organs|leng
 <rect x="{{ first }}" y="{{ y }}" width="{{ count }}" height="1.5" fill="{{ o.color }}"/>
 {%- endfor %}{% endfor %}</svg>"""
 
-# %% ../nbs/32_viewer.ipynb #3f7aa6a6
+# %% ../nbs/32_viewer.ipynb #96659d8e
 LEGEND = """<ul class="legend" aria-label="Organs">
 {%- for o in organs %}<li>
 {%- if o.runs -%}
@@ -198,7 +198,7 @@ VIEWER = """<div class="viewer" role="group" aria-label="Slices of the scan">
 {%- endfor %}
 """
 
-# %% ../nbs/32_viewer.ipynb #b5dbb541
+# %% ../nbs/32_viewer.ipynb #dcd79f84
 def viewer_html(
     data: dict,  # from `viewer_data`
     absent: dict | None = None,  # organ key: why no slice has it; "not found" if not given
@@ -211,7 +211,7 @@ def viewer_html(
     env = Environment(loader=DictLoader({"viewer": VIEWER, "map": MAP, "legend": LEGEND}), autoescape=True, undefined=StrictUndefined)
     return Markup(env.get_template("viewer").render(data=data, organs=organs, still=still, bar_mm=scale_bar(data["width_mm"])))
 
-# %% ../nbs/32_viewer.ipynb #7e325f29
+# %% ../nbs/32_viewer.ipynb #12819a8c
 SLICES = """
 async function inflate(text) {
   const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), stream = new DecompressionStream("deflate"), writer = stream.writable.getWriter();
@@ -237,7 +237,7 @@ function sliceStore(data) {
 }
 """
 
-# %% ../nbs/32_viewer.ipynb #c5561997
+# %% ../nbs/32_viewer.ipynb #60765d33
 TINT = """
 function tintLayer(labels, data, scale, fill, line, pixels) {
   const clamp = (v, count) => Math.max(0, Math.min(count - 1, Math.floor(v / scale))), near = 2;
@@ -265,7 +265,7 @@ function shades(organs, shown, alpha) {
 }
 """
 
-# %% ../nbs/32_viewer.ipynb #59d48fb6
+# %% ../nbs/32_viewer.ipynb #2d42d83b
 MOVES = """
 function scrollByWheel(stage, step) {
   let turned = 0, pageMoved = -1000;
@@ -290,13 +290,14 @@ function scrollByDrag(stage, slider, show) {
   });
   stage.addEventListener("pointermove", event => {
     const pixels = Math.max(4, Math.min(24, stage.clientWidth / (Number(slider.max) + 1)));
-    if (from) show(from.at + Math.round((event.clientX - from.x + from.y - event.clientY) / pixels));
+    const up = event.pointerType === "touch" ? 0 : from && from.y - event.clientY;
+    if (from) show(from.at + Math.round((event.clientX - from.x + up) / pixels));
   });
   for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => { from = null; });
 }
 """
 
-# %% ../nbs/32_viewer.ipynb #97a79d3e
+# %% ../nbs/32_viewer.ipynb #e5cea584
 VIEW = """
 function startViewer(box) {
   const find = what => box.querySelector(what), data = JSON.parse(find("script").textContent), last = data.grey.length - 1;
@@ -368,7 +369,7 @@ function startViewer(box) {
   }
 """
 
-# %% ../nbs/32_viewer.ipynb #d34a456f
+# %% ../nbs/32_viewer.ipynb #8f13ded6
 BIND = """
   box.addEventListener("click", event => {
     const button = event.target.closest("button"), id = button && Number(button.dataset.id);
@@ -399,7 +400,7 @@ if ("DecompressionStream" in window) for (const box of document.querySelectorAll
 """
 VIEWER_SCRIPT = SLICES + TINT + MOVES + VIEW + BIND
 
-# %% ../nbs/32_viewer.ipynb #751709c7
+# %% ../nbs/32_viewer.ipynb #81ffc579
 VIEWER_STYLE = """
 .viewer { display: grid; grid-template-columns: minmax(0, 1fr) 17.5rem; gap: 1rem 1.5rem; align-items: start; margin: 1rem 0 }
 .stage { position: relative; aspect-ratio: var(--ratio); width: min(100%, 82vh * var(--ratio)); margin: 0 auto; background: #000; color: #fff;
@@ -419,6 +420,7 @@ VIEWER_STYLE = """
 .under { right: .6rem; bottom: .6rem; padding: .3rem .5rem; border-radius: .3rem; background: #000c }
 .viewer input { accent-color: var(--link); margin: 0 }
 .slice { display: block; width: 100%; height: 2rem }
+.slice:focus-visible { outline-offset: -3px }
 .map { display: block; width: calc(100% - 1rem); height: 2.2rem; margin: 0 .5rem; background: var(--band); border-radius: .2rem }
 .ends { display: flex; justify-content: space-between; max-width: none; margin: .15rem .5rem 0; color: var(--soft); font-size: .8rem }
 .panel p { margin: 0 0 .8rem }
@@ -444,7 +446,7 @@ th .swatch { margin-right: .55em; vertical-align: -.05em }
 @media print { .viewer { display: block; break-inside: avoid } .stage { width: 12cm; margin: 0 } .stack, .controls, .needs { display: none } }
 """
 
-# %% ../nbs/32_viewer.ipynb #23e6cfcb
+# %% ../nbs/32_viewer.ipynb #2baaee00
 HEADINGS = {"ml": "volume, ml", "mean_hu": "mean, HU", "touches_edge": "reaches the edge"}
 UNITS = {"mm": "mm", "ml": "ml", "hu": "HU"}
 NAME = '<span class="swatch" style="background: {}"></span>{}'
@@ -478,7 +480,7 @@ def organ_table(
     reasons = ["not looked for" if row.isna().all() else "not found" for _, row in organs.iterrows()]
     return table, pd.DataFrame({c: reasons for c in table}, table.index)
 
-# %% ../nbs/32_viewer.ipynb #abe0e8b8
+# %% ../nbs/32_viewer.ipynb #6b6d1a19
 _PLACES = "x, y, z: where the organ's middle lies in the scanner's millimetres, x to the patient's left, y to the back, z to the head."
 
 
