@@ -43,6 +43,7 @@ class Section:
     anchor: str = ""  # the address of this section within the page: report.html#anchor
     notes: list[str] = field(default_factory=list)  # below table and figure; "Term: what it means" shows the term in bold
     image: bytes | None = None  # a PNG or JPEG file, shown if there is no figure
+    html: Markup | None = None  # a piece of page, shown below table and figure; plain text would be escaped
 
 # %% ../nbs/15_report.ipynb #10bf0c42
 ABSENT = '<span class="absent" title="{0}"><span aria-hidden="true">—</span><span class="unseen">{0}</span></span>'
@@ -224,6 +225,7 @@ BODY = """
 {%- endfor %}
 {% if s.table is not none %}{% include "table" %}{% endif %}
 {%- if s.figure is not none or s.image is not none %}{% include "figure" %}{% endif -%}
+{%- if s.html is not none %}{{ s.html }}{% endif -%}
 {%- if s.notes %}<ul class="notes">
 {%- for term, rest in s.notes|map("note_parts") %}
 <li>{% if term %}<b>{{ term }}:</b> {% endif %}{{ rest }}</li>
@@ -371,7 +373,7 @@ PAGE = """<!doctype html>
 
 # %% ../nbs/15_report.ipynb #57e65859
 WARNINGS = """<div class="warnings" role="note" aria-labelledby="left-out">
-<h2 id="left-out">Left out</h2>
+<h2 id="left-out">{{ heading }}</h2>
 <ul>{% for sentence in warnings %}<li>{{ sentence }}</li>{% endfor %}</ul>
 </div>
 """
@@ -382,14 +384,18 @@ def render_report(
     summary: list[str],  # sentences: what was done, what came out, what to beware of
     sections: list[Section],  # in the order of the page
     warnings: list[str] = (),  # sentences: what was skipped, and why
+    heading: str = "Left out",  # of the warnings
+    style: str = "",  # CSS for the `html` of the sections
+    script: str = "",  # JavaScript for it
 ):  # the text of an HTML file
     "The report as one HTML page that needs no other file and no network; raises `ValueError` as `check_links` does."
     check_links(sections)
-    templates = DictLoader({"page": PAGE, "style": STYLE + TABLE_STYLE + PART_STYLE, "script": SORT + OPEN, "warnings": WARNINGS,
+    style, script = STYLE + TABLE_STYLE + PART_STYLE + style, SORT + OPEN + script
+    templates = DictLoader({"page": PAGE, "style": style, "script": script, "warnings": WARNINGS,
                             "body": BODY, "table": TABLE, "figure": FIGURE})  # fmt: skip
     env = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
     env.filters |= {f.__name__: f for f in (format_value, sort_value, column_headings, table_rows, png_bytes, image_tag, note_parts)}
-    return env.get_template("page").render(title=title, summary=summary, sections=sections, warnings=warnings)
+    return env.get_template("page").render(title=title, summary=summary, sections=sections, warnings=warnings, heading=heading)
 
 
 def write_report(
@@ -398,7 +404,8 @@ def write_report(
     summary: list[str],  # sentences: what was done, what came out, what to beware of
     sections: list[Section],  # in the order of the page
     warnings: list[str] = (),  # sentences: what was skipped, and why
+    **page,  # heading, style and script, as for `render_report`
 ):
     "Write the report as one HTML file, whole or not at all."
     with whole_file(path) as part:
-        part.write_text(render_report(title, summary, sections, warnings), encoding="utf-8")
+        part.write_text(render_report(title, summary, sections, warnings, **page), encoding="utf-8")
