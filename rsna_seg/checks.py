@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'organ_facts', 'Finding', 'check_segmentation']
 
-# %% ../nbs/36_checks.ipynb #6ec99b0a
+# %% ../nbs/36_checks.ipynb #3a9a1b3e
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .organs import CLASSES, ORGANS
 from .postprocess import wrong_kidneys
 from .scan import Scan
 
-# %% ../nbs/36_checks.ipynb #8129d17a
+# %% ../nbs/36_checks.ipynb #3868c288
 def _slice_origins(scan):
     "Where the first voxel of each slice lies, mm LPS, (z, 3)."
     step = scan.affine[:3, 0]
@@ -25,7 +25,7 @@ def _slice_origins(scan):
     per_mm = step * (len(scan.positions) - 1) / np.ptp(scan.positions)
     return scan.affine[:3, 3] + (scan.positions - scan.positions[0])[:, None] * per_mm
 
-# %% ../nbs/36_checks.ipynb #993a5e05
+# %% ../nbs/36_checks.ipynb #b690ee73
 _EDGES = ["feet end", "head end", "front", "back", "right side", "left side", "field of view"]
 _TRIFLE_CM2, _NOTHING_HU = 1.0, -900
 
@@ -52,7 +52,7 @@ def _on_edges(plane, hu, circle):
         counts[:, 4] = 0
     return counts
 
-# %% ../nbs/36_checks.ipynb #be88096d
+# %% ../nbs/36_checks.ipynb #ff74b14f
 def _sums(plane, hu):
     "Voxels, and sums of HU, row and column of each class in a slice, (4, classes); the background is left out."
     at = np.flatnonzero(plane)
@@ -88,7 +88,7 @@ def organ_facts(
     table.index = pd.Index([c.key for c in CLASSES], name="organ")
     return table.iloc[1:].astype({"voxels": "Int64"})
 
-# %% ../nbs/36_checks.ipynb #1c7ba0fd
+# %% ../nbs/36_checks.ipynb #10c6e674
 @dataclass(frozen=True)
 class Finding:
     "Something odd about a result or its scan."
@@ -107,7 +107,7 @@ KINDS = {
 }  # fmt: skip
 _NAME = {o.key: o.name.lower() for o in ORGANS}
 
-# %% ../nbs/36_checks.ipynb #1977b160
+# %% ../nbs/36_checks.ipynb #0b2b2934
 _FEW, _SHORT_MM, _OBLIQUE_DEG = 10, 100, 30
 
 
@@ -130,22 +130,21 @@ def _direction(scan):
         yield Finding("not_axial", "", f"The scan was not cut straight across the body ({why}), which the network never saw;"
                       " use the axial series.")  # fmt: skip
 
-# %% ../nbs/36_checks.ipynb #fb427c4d
+# %% ../nbs/36_checks.ipynb #805619a0
 _SPACING = (0.0, 10.0), (0.3, 1.5), (0.3, 1.5)  # mm along z, row, col
 _LEEWAY = 1.1  # a tenth beyond training's is no matter
 
 
 def _spacings(scan, trained):
     ours = (float(np.median(np.diff(scan.positions))) if len(scan.positions) > 1 else scan.spacing[0], *scan.spacing[1:])
-    leeway, whose = (_LEEWAY, "the network was trained on") if trained else (1.0, "is usual for CT of the abdomen")
-    names = "slices are {:.2f} mm apart", "rows are {:.2f} mm apart", "columns are {:.2f} mm apart"
-    odd = [(name.format(mm), f"{low:g} to {high:g}") for name, mm, (low, high) in zip(names, ours, trained or _SPACING)
+    leeway, whose = (_LEEWAY, "in training") if trained else (1.0, "are usual")
+    odd = [f"{name} are {mm:.2f} mm apart ({low:g} to {high:g} {whose})"
+           for name, mm, (low, high) in zip(("slices", "rows", "columns"), ours, trained or _SPACING)
            if not low / leeway <= mm <= high * leeway]  # fmt: skip
     if odd:
-        what, bounds = " and ".join(name for name, _ in odd), " and ".join(b for _, b in odd)
-        yield Finding("spacing", "", f"The {what}, where {bounds} mm {whose}; trust the mask less, or use another reconstruction.")
+        yield Finding("spacing", "", f"The {' and '.join(odd)}: trust the mask less, or use another reconstruction.")
 
-# %% ../nbs/36_checks.ipynb #fe8e7708
+# %% ../nbs/36_checks.ipynb #6f262039
 _CLIPPED_HU, _TISSUE_HU, _LUNG_HU = -500, -300, (-950, -500)
 _LUNG_SHARE, _SMALL_CM2 = 0.4, 250
 
@@ -177,7 +176,7 @@ def _body(scan):
         yield Finding("content", "", f"The body fills {area:.0f} cm2 of a slice, less than {_SMALL_CM2}: a head, a limb, a child or a small"
                       " field of view; the network knows adult abdomens, check that this is the right series.")  # fmt: skip
 
-# %% ../nbs/36_checks.ipynb #30b39313
+# %% ../nbs/36_checks.ipynb #c624123d
 _DONORS = "in 95 % of healthy donors (Kim 2021)"
 _KIDNEY_ML = (80, 320, "on average 157 ml in women and 193 ml in men (Geraghty 2004)")
 _NORMAL_ML = {
@@ -218,7 +217,7 @@ def _densities(facts):
             yield Finding("organ_hu", key, f"The {_NAME[key]} has {fact.mean_hu:.0f} HU on average, no soft tissue's ({_SOFT_HU[0]} to"
                           f" {_SOFT_HU[1]}): the outline or the scan's scale is wrong; look at both.")  # fmt: skip
 
-# %% ../nbs/36_checks.ipynb #9c2c192a
+# %% ../nbs/36_checks.ipynb #4639464a
 _SURE_ML, _PIECE_ML = 5, 1
 
 
@@ -242,7 +241,7 @@ def _kidneys(mask, scan, taught):
             yield Finding("kidney_side", CLASSES[organ].key, f"{ml:.0f} ml called {name} lie on the other side of the spine;"
                           " post-processing with sides renames them.")  # fmt: skip
 
-# %% ../nbs/36_checks.ipynb #a661e244
+# %% ../nbs/36_checks.ipynb #0d546c35
 _ALL = tuple(o.key for o in ORGANS)
 
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PostprocessConfig', 'midline', 'wrong_kidneys', 'postprocess']
 
-# %% ../nbs/35_postprocess.ipynb #681edc21
+# %% ../nbs/35_postprocess.ipynb #61b182f6
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import median_filter
+from scipy.ndimage import find_objects, median_filter
 from scipy.stats import theilslopes
 
 from .files import ConfigError
 from .organs import ORGANS
 from .scan import Scan
 
-# %% ../nbs/35_postprocess.ipynb #7f49f89e
+# %% ../nbs/35_postprocess.ipynb #10eb3217
 @dataclass(frozen=True)
 class PostprocessConfig:
     "What is done to a mask after the network, in this order; nothing unless asked for."
@@ -32,7 +32,7 @@ class PostprocessConfig:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not a volume; give millilitres from 0.")
 
-# %% ../nbs/35_postprocess.ipynb #edebb955
+# %% ../nbs/35_postprocess.ipynb #6174579f
 _BODY_HU, _BONE_HU = -300, 200
 _WIDE_MM, _NEAR_MM = 60, 30  # to either side: where the spine is looked for, and what counts as spine
 _LEAST_BONE_MM2 = 200
@@ -58,7 +58,7 @@ def _spine_column(plane, row_mm, col_mm):
         column = low + _median(strip)
     return column, middle
 
-# %% ../nbs/35_postprocess.ipynb #e779bf33
+# %% ../nbs/35_postprocess.ipynb #6ffc9267
 _EVERY_MM, _SMOOTH_MM, _ASTRAY_MM = 5, 60, 30
 
 
@@ -86,7 +86,7 @@ def midline(
     smooth = median_filter(columns[found], size=max(1, round(_SMOOTH_MM / (every * scan.spacing[0]))), mode="nearest")
     return np.interp(np.arange(len(scan.hu)), ranks[found], smooth)
 
-# %% ../nbs/35_postprocess.ipynb #25f8f7d1
+# %% ../nbs/35_postprocess.ipynb #b557a7fc
 _LEFT, _RIGHT = 3, 4
 _SOLID = 1, 2, _LEFT, _RIGHT  # all organs but bowel
 _ON_ONE_SIDE = 0.95  # share of a piece's voxels
@@ -101,18 +101,14 @@ def _pieces(inside):
 
 def _boxes(mask):
     "The boxes of the organs that are there, as slices by id."
-    import cc3d
-
-    found = cc3d.statistics(mask)
-    return {o.id: found["bounding_boxes"][o.id] for o in ORGANS
-            if o.id < len(found["voxel_counts"]) and found["voxel_counts"][o.id]}  # fmt: skip
+    return {k: box for k, box in enumerate(find_objects(mask, len(ORGANS)), start=1) if box}
 
 
 def _around(boxes):
     "The box around some boxes."
     return tuple(slice(min(b[k].start for b in boxes), max(b[k].stop for b in boxes)) for k in range(3))
 
-# %% ../nbs/35_postprocess.ipynb #08533e89
+# %% ../nbs/35_postprocess.ipynb #b190528a
 def _mean_column(mask, organ):
     "Where an organ lies between right and left; NaN if it is not there."
     counts = sum((plane == organ).sum(0) for plane in mask)
@@ -128,7 +124,7 @@ def _left_share(labels, count, line):
             counts[: len(here)] += here
     return (left - 1) / np.maximum(total - 1, 1)
 
-# %% ../nbs/35_postprocess.ipynb #112d0391
+# %% ../nbs/35_postprocess.ipynb #07686332
 def wrong_kidneys(
     mask: np.ndarray,  # class ids, uint8, (z, row, col), on the scan's grid
     scan: Scan,
@@ -148,7 +144,7 @@ def wrong_kidneys(
     should[should == mask[box]] = 0
     return box, should
 
-# %% ../nbs/35_postprocess.ipynb #4f094229
+# %% ../nbs/35_postprocess.ipynb #96bc91c7
 def _ml(inside, scan, box):
     "Millilitres of a binary part of the scan."
     return float(np.count_nonzero(inside, axis=(1, 2)) @ scan.slice_ml[box[0]])
@@ -169,7 +165,7 @@ def _sides(mask, scan, config):
         np.copyto(mask[box], should, where=should > 0)
     return changes
 
-# %% ../nbs/35_postprocess.ipynb #c62c297a
+# %% ../nbs/35_postprocess.ipynb #72975116
 def _piece_ml(labels, count, slice_ml):
     "Volume of each piece in ml; the first number is for what is no piece."
     ml = np.zeros(count + 1)
@@ -204,7 +200,7 @@ def _min_piece(mask, scan, config):
     boxes = _boxes(mask)
     return [_drop(mask, scan, o.id, boxes.get(o.id), config.min_piece_ml, largest=False) for o in ORGANS]
 
-# %% ../nbs/35_postprocess.ipynb #3958efa6
+# %% ../nbs/35_postprocess.ipynb #e7653938
 def _fill(mask, scan, organ, box):
     "Fills an organ's holes; what was changed."
     import fill_voids
@@ -224,7 +220,7 @@ def _fill_holes(mask, scan, config):
     boxes = _boxes(mask)
     return [_fill(mask, scan, k, boxes.get(k)) for k in _SOLID]
 
-# %% ../nbs/35_postprocess.ipynb #b262276e
+# %% ../nbs/35_postprocess.ipynb #0981e5f7
 _STEPS = {"sides": _sides, "largest": _largest, "min_piece": _min_piece, "fill_holes": _fill_holes}
 
 
