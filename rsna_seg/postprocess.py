@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['PostprocessConfig', 'midline', 'wrong_kidneys', 'postprocess']
 
-# %% ../nbs/35_postprocess.ipynb #f4463d36
+# %% ../nbs/35_postprocess.ipynb #61b182f6
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import median_filter
+from scipy.ndimage import find_objects, median_filter
+from scipy.stats import theilslopes
 
 from .files import ConfigError
 from .organs import ORGANS
 from .scan import Scan
 
-# %% ../nbs/35_postprocess.ipynb #db0039e5
+# %% ../nbs/35_postprocess.ipynb #10eb3217
 @dataclass(frozen=True)
 class PostprocessConfig:
     "What is done to a mask after the network, in this order; nothing unless asked for."
@@ -24,14 +25,14 @@ class PostprocessConfig:
     largest: bool = False  # of liver, spleen and each kidney keep the largest piece alone
     largest_floor_ml: float = 10.0  # but keep other pieces of at least so many ml too
     min_piece_ml: float = 0.0  # remove pieces of any organ that are smaller, ml; 0 removes none
-    fill_holes: bool = False  # give an organ the background that it encloses on all sides, in 3D
+    fill_holes: bool = False  # give each of the same organs the background that it encloses on all sides, in 3D
 
     def __post_init__(self):
         for name in ("largest_floor_ml", "min_piece_ml"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not a volume; give millilitres from 0.")
 
-# %% ../nbs/35_postprocess.ipynb #2babcad8
+# %% ../nbs/35_postprocess.ipynb #6174579f
 _BODY_HU, _BONE_HU = -300, 200
 _WIDE_MM, _NEAR_MM = 60, 30  # to either side: where the spine is looked for, and what counts as spine
 _LEAST_BONE_MM2 = 200
@@ -51,14 +52,23 @@ def _spine_column(plane, row_mm, col_mm):
     bone = (plane[_median(body.sum(1)) :] > _BONE_HU).sum(0)
     for reach in (_WIDE_MM, _NEAR_MM):
         low = max(0, column - round(reach / col_mm))
-        near = bone[low : column + round(reach / col_mm) + 1]
-        if near.sum() * row_mm * col_mm < _LEAST_BONE_MM2:
+        strip = bone[low : column + round(reach / col_mm) + 1]
+        if strip.sum() * row_mm * col_mm < _LEAST_BONE_MM2:
             return np.nan, middle
-        column = low + _median(near)
+        column = low + _median(strip)
     return column, middle
 
-# %% ../nbs/35_postprocess.ipynb #82bbbfa3
-_EVERY_MM, _SMOOTH_MM = 5, 60
+# %% ../nbs/35_postprocess.ipynb #6ffc9267
+_EVERY_MM, _SMOOTH_MM, _ASTRAY_MM = 5, 60, 30
+
+
+def _on_line(columns, ranks, astray):
+    "The columns, NaN where they are farther than that from a robust line through all of them."
+    found = np.isfinite(columns)
+    if found.sum() < 3:
+        return columns
+    slope, start, *_ = theilslopes(columns[found], ranks[found])
+    return np.where(np.abs(columns - start - slope * ranks) > astray, np.nan, columns)
 
 
 def midline(
@@ -68,6 +78,7 @@ def midline(
     every = max(1, round(_EVERY_MM / scan.spacing[0]))
     ranks = np.arange(0, len(scan.hu), every)
     spine, body = np.array([_spine_column(plane, *scan.spacing[1:]) for plane in scan.hu[::every]]).T
+    spine = _on_line(spine, ranks, _ASTRAY_MM / scan.spacing[2])
     columns = spine if np.isfinite(spine).sum() >= max(1, len(spine) / 4) else body
     found = np.isfinite(columns)
     if not found.any():
@@ -75,8 +86,9 @@ def midline(
     smooth = median_filter(columns[found], size=max(1, round(_SMOOTH_MM / (every * scan.spacing[0]))), mode="nearest")
     return np.interp(np.arange(len(scan.hu)), ranks[found], smooth)
 
-# %% ../nbs/35_postprocess.ipynb #a780db59
+# %% ../nbs/35_postprocess.ipynb #b557a7fc
 _LEFT, _RIGHT = 3, 4
+_SOLID = 1, 2, _LEFT, _RIGHT  # all organs but bowel
 _ON_ONE_SIDE = 0.95  # share of a piece's voxels
 
 
@@ -89,18 +101,14 @@ def _pieces(inside):
 
 def _boxes(mask):
     "The boxes of the organs that are there, as slices by id."
-    import cc3d
-
-    found = cc3d.statistics(mask)
-    return {o.id: found["bounding_boxes"][o.id] for o in ORGANS
-            if o.id < len(found["voxel_counts"]) and found["voxel_counts"][o.id]}  # fmt: skip
+    return {k: box for k, box in enumerate(find_objects(mask, len(ORGANS)), start=1) if box}
 
 
 def _around(boxes):
     "The box around some boxes."
     return tuple(slice(min(b[k].start for b in boxes), max(b[k].stop for b in boxes)) for k in range(3))
 
-# %% ../nbs/35_postprocess.ipynb #2bf6705b
+# %% ../nbs/35_postprocess.ipynb #b190528a
 def _mean_column(mask, organ):
     "Where an organ lies between right and left; NaN if it is not there."
     counts = sum((plane == organ).sum(0) for plane in mask)
@@ -116,7 +124,7 @@ def _left_share(labels, count, line):
             counts[: len(here)] += here
     return (left - 1) / np.maximum(total - 1, 1)
 
-# %% ../nbs/35_postprocess.ipynb #3ec441ec
+# %% ../nbs/35_postprocess.ipynb #07686332
 def wrong_kidneys(
     mask: np.ndarray,  # class ids, uint8, (z, row, col), on the scan's grid
     scan: Scan,
@@ -136,7 +144,7 @@ def wrong_kidneys(
     should[should == mask[box]] = 0
     return box, should
 
-# %% ../nbs/35_postprocess.ipynb #27bbbc02
+# %% ../nbs/35_postprocess.ipynb #96bc91c7
 def _ml(inside, scan, box):
     "Millilitres of a binary part of the scan."
     return float(np.count_nonzero(inside, axis=(1, 2)) @ scan.slice_ml[box[0]])
@@ -157,7 +165,7 @@ def _sides(mask, scan, config):
         np.copyto(mask[box], should, where=should > 0)
     return changes
 
-# %% ../nbs/35_postprocess.ipynb #d44b9b26
+# %% ../nbs/35_postprocess.ipynb #72975116
 def _piece_ml(labels, count, slice_ml):
     "Volume of each piece in ml; the first number is for what is no piece."
     ml = np.zeros(count + 1)
@@ -185,14 +193,14 @@ def _drop(mask, scan, organ, box, floor, largest):
 
 def _largest(mask, scan, config):
     boxes = _boxes(mask)
-    return [_drop(mask, scan, k, boxes.get(k), config.largest_floor_ml, largest=True) for k in (1, 2, _LEFT, _RIGHT)]
+    return [_drop(mask, scan, k, boxes.get(k), config.largest_floor_ml, largest=True) for k in _SOLID]
 
 
 def _min_piece(mask, scan, config):
     boxes = _boxes(mask)
     return [_drop(mask, scan, o.id, boxes.get(o.id), config.min_piece_ml, largest=False) for o in ORGANS]
 
-# %% ../nbs/35_postprocess.ipynb #8de8e8b8
+# %% ../nbs/35_postprocess.ipynb #e7653938
 def _fill(mask, scan, organ, box):
     "Fills an organ's holes; what was changed."
     import fill_voids
@@ -210,9 +218,9 @@ def _fill(mask, scan, organ, box):
 
 def _fill_holes(mask, scan, config):
     boxes = _boxes(mask)
-    return [_fill(mask, scan, o.id, boxes.get(o.id)) for o in ORGANS]
+    return [_fill(mask, scan, k, boxes.get(k)) for k in _SOLID]
 
-# %% ../nbs/35_postprocess.ipynb #7c482fef
+# %% ../nbs/35_postprocess.ipynb #0981e5f7
 _STEPS = {"sides": _sides, "largest": _largest, "min_piece": _min_piece, "fill_holes": _fill_holes}
 
 
