@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_slices(tmp_path):
     prepare(tmp_path / "ct.nii", tmp_path / "data", tmp_path / "mask.nii", PrepareConfig(valid=0))
     write_kaggle(tmp_path / "kaggle", patients=4, size=64, slices=20)
     prepare(tmp_path / "kaggle", tmp_path / "few", config=PrepareConfig(size=64, jobs=1))
-    net = train(tmp_path / "few", tmp_path / "run", TrainConfig(**SMALL | {"epochs": 4})).checkpoint
+    net = train(tmp_path / "few", tmp_path / "run", TrainConfig(**SMALL | {"epochs": 20})).checkpoint
     code = "import resource, sys; from rsna_seg.cli import main\ntry: main()\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     command = [sys.executable, "-c", code, "evaluate", net, tmp_path / "data", tmp_path / "report", "--split", "train"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1500)
