@@ -120,7 +120,7 @@ def _try_rates(command, model):
     save_png(learning_rate_curve(table, suggest_lr(table)), command.out / "learning_rates.png", dpi=160)
     print(f"suggested: --lr {suggest_lr(table):.1e}; look at {command.out / 'learning_rates.png'}")
 
-
+# %% ../nbs/18_commands.ipynb #a74722dc
 @dataclass(frozen=True)
 class Train:
     "The first training. An interrupted run in the folder goes on."

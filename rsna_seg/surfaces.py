@@ -7,7 +7,6 @@ __all__ = ['SurfaceTally', 'SurfaceScores', 'scores']
 
 # %% ../nbs/27_surfaces.ipynb #ae7eb25e
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -77,19 +76,17 @@ class SurfaceScores:
     nsd: float  # 0..1; 0 if one is missing, NaN if both are
 
 
-def _nearest(places, others, mm, within=np.inf):
-    "mm from each place to the nearest of the others, float32 as in MONAI; infinite if it is farther than `within`."
-    tree, farthest = KDTree(mm(others), leafsize=32), within * (1 + 1e-6)
-    blocks = np.array_split(places, len(places) // 500_000 + 1)  # a noisy outline has tens of millions of places
-    return np.concatenate([tree.query(mm(b), distance_upper_bound=farthest, workers=-1)[0].astype(np.float32) for b in blocks])
+def _nearest(points, others):
+    "mm from each point to the nearest of the others, float32 as in MONAI."
+    return KDTree(others, leafsize=32).query(points, workers=-1)[0].astype(np.float32)
 
 
-def _scores(points, surfels, areas, tolerance, voxel_mm, block_mm):
-    "The scores of two outlines, each given as prediction and truth, and how their places become mm."
+def _scores(points, surfels, areas, tolerance):
+    "The scores of two outlines, each given as prediction and truth."
     if not len(points[0]) or not len(points[1]):
         return SurfaceScores(np.nan, np.nan, 0.0 if len(points[0]) or len(points[1]) else np.nan)
-    ways = [_nearest(*pair, voxel_mm) for pair in (points, points[::-1])]
-    near = [_nearest(*pair, block_mm, tolerance) <= tolerance for pair in (surfels, surfels[::-1])]
+    ways = _nearest(*points), _nearest(*points[::-1])
+    near = _nearest(*surfels) <= tolerance, _nearest(*surfels[::-1]) <= tolerance
     within = sum(float(area[n].sum(dtype=float)) for area, n in zip(areas, near))
     return SurfaceScores(
         hd95_mm=float(max(np.percentile(way, 95) for way in ways)),
@@ -108,7 +105,7 @@ def scores(
     z = np.arange(self.slices - 1) * self.spacing[0] if positions is None else np.asarray(positions, dtype=float)
     z = np.concatenate([z[:1] - self.spacing[0], z, z[-1:] + self.spacing[0]])
 
-    def mm(places, half=0):
+    def mm(places, half):
         along = np.interp(places[:, 0].astype(float) + 1 + half, np.arange(len(z)), z)
         return np.column_stack([along, places[:, 1:] * np.array(self.spacing[1:])])
 
@@ -116,8 +113,8 @@ def scores(
     for organ in ORGANS:
         slabs = self.points.pop(organ.id) or [[[np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0)]] * 2]
         both = [[np.concatenate(parts) for parts in zip(*(slab[i] for slab in slabs))] for i in (0, 1)]
-        del slabs
-        found[organ.key] = _scores(*zip(*both), tolerance[organ.key], mm, partial(mm, half=0.5))
+        points, surfels, areas = zip(*both)
+        found[organ.key] = _scores([mm(p, 0) for p in points], [mm(b, 0.5) for b in surfels], areas, tolerance[organ.key])
     return found
 
 

@@ -80,7 +80,7 @@ def test_surfaces_are_monais(torso, slab, spacing):
     tally = SurfaceTally(spacing)
     for z in range(0, len(truth), slab):
         tally.add(guess[z : z + slab], truth[z : z + slab])
-    tolerance = {o.key: 2.0 + o.id for o in ORGANS}
+    tolerance = {o.key: float(o.id - 1) for o in ORGANS}  # that of the liver is 0: only what touches counts
     found, compared = tally.scores(tolerance), 0
     for o in ORGANS:
         p, t = (torch.from_numpy(m == o.id)[None, None].float() for m in (guess, truth))
