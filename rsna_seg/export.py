@@ -224,7 +224,7 @@ def _export_checked(name, model, stem, images, out):
                           " the class that PyTorch gives; use another format, or other versions of its packages.")  # fmt: skip
     return {"file": str(out / paths[0].name), "MB": sum(path.stat().st_size for path in paths) / 1e6, **alike}
 
-# %% ../nbs/34_export.ipynb #35a70d20
+# %% ../nbs/34_export.ipynb #a7e8d810
 @contextmanager
 def _quiet_nncf():
     "NNCF without its log, its progress bars and its reports to Intel."
@@ -271,9 +271,9 @@ def _hub_config(card):
 
 # %% ../nbs/34_export.ipynb #4a04a5f9
 _FLIPS = {
-    "keep": "single flips were applied and the kidneys kept their labels, so that many mirrored bodies were among the slices",
-    "exchange": "single flips were applied and the kidneys' labels exchanged",
-    "off": "no single flip was applied",
+    "keep": "in training, single flips were applied and the kidneys kept their labels, so that many mirrored bodies were among the slices",
+    "exchange": "in training, single flips were applied and the kidneys' labels exchanged",
+    "off": "in training, no single flip was applied",
 }
 
 
@@ -287,7 +287,9 @@ def _metrics_text(card):
     if not card.metrics:
         return "None were stored with the weights."
     numbers = _rows((key, f"{value:.4f}" if isinstance(value, float) else value) for key, value in card.metrics.items())
-    part = card.config.get("validate_on", "valid")
+    if "validate_on" not in card.config:
+        return f"How these were measured is not recorded.\n\n| | |\n|---|---|\n{numbers}"
+    part = card.config["validate_on"]
     rest = ("These are the slices that the network was trained on: they say nothing about other patients." if part == "train" else
             "Their patients were not trained on, but the weights were chosen by these numbers, so they flatter a little.")  # fmt: skip
     return (f"Measured in training, over all pixels of the slices of the part `{part}` of the dataset folder (Dice and accuracy are shares,"
@@ -298,7 +300,7 @@ def _flips_text(card):
     "How the training treated mirror images."
     augment = card.config.get("augment")
     if not augment:
-        return "nobody wrote down whether flips were applied"
+        return "whether flips were applied in training is not recorded"
     return _FLIPS[augment["sides"] if augment["horizontal_flip"] or augment["vertical_flip"] else "off"]
 
 # %% ../nbs/34_export.ipynb #fedfdabc
@@ -352,7 +354,7 @@ Versions: {versions}.
 ## Limitations
 
 - Each slice is judged by itself or with its two neighbours; nothing makes the organs of a scan whole.
-- Left and right: in training, {flips}. A slice that is mirrored, or shown from the head, gets its kidneys on the wrong sides.
+- Left and right: {flips}. A slice that is mirrored, or shown from the head, gets its kidneys on the wrong sides.
 - Contrast phases, scanners, diseases, children, and organs moved or removed, as far as the training data lacked them, are unknown ground.
 - The licence is of these weights. The data they were learnt from may ask for more; the RSNA 2023 data, for one, are for non-commercial use only.
 """
