@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .files import ConfigError
-from .loop import keep_memory
 from .model import as_input
 
 # %% ../nbs/33_engines.ipynb #204e212f
@@ -85,6 +84,8 @@ class TorchEngine:
         self.autocast = self.device.type != "cpu" and dtype != torch.float32
         self.model = fold_batchnorm(model).to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
+            from rsna_seg.loop import keep_memory
+
             keep_memory()  # else the pages of each batch's features are fetched anew
             self.model = self.model.to(dtype)
 

@@ -13,11 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .dicom import save_dicom_seg, save_rtstruct
 from .files import ConfigError, OutputError, whole_file, writing
 from .organs import CLASSES, ORGANS
-from .plots import save_png
-from .report import format_value
 from .scan import Scan, in_source_order, save_nifti
 
 # %% ../nbs/39_outputs.ipynb #10645cd9
@@ -70,6 +67,7 @@ def _write_volumes(result, out):
 # %% ../nbs/39_outputs.ipynb #14e03fd2
 def _write_report(result, out):
     "Writes report.html."
+    from rsna_seg.report import format_value
     from rsna_seg.viewer import write_scan_report
 
     known = result.organs.ml.dropna()
@@ -81,12 +79,33 @@ def _write_report(result, out):
                       result.scan.spacing, result.notes)  # fmt: skip
 
 # %% ../nbs/39_outputs.ipynb #ae43191c
+def _write_seg(result, out):
+    "Writes organs.seg.dcm."
+    from rsna_seg.dicom import save_dicom_seg
+
+    save_dicom_seg(result.mask, result.scan, out / "organs.seg.dcm", result.taught)
+
+
+def _write_rtstruct(result, out):
+    "Writes organs.rtstruct.dcm."
+    from rsna_seg.dicom import save_rtstruct
+
+    save_rtstruct(result.mask, result.scan, out / "organs.rtstruct.dcm", result.taught)
+
+
+def _write_preview(result, out):
+    "Writes preview.png."
+    from rsna_seg.plots import save_png
+
+    save_png(result.figure(), out / "preview.png", dpi=160)
+
+
 OUTPUTS = {
     "nifti": lambda result, out: save_nifti(result.mask, result.scan, out / "organs.nii.gz"),
-    "seg": lambda result, out: save_dicom_seg(result.mask, result.scan, out / "organs.seg.dcm", result.taught),
-    "rtstruct": lambda result, out: save_rtstruct(result.mask, result.scan, out / "organs.rtstruct.dcm", result.taught),
+    "seg": _write_seg,
+    "rtstruct": _write_rtstruct,
     "png": lambda result, out: save_png_masks(result.mask, result.scan, out / "masks"),
-    "preview": lambda result, out: save_png(result.figure(), out / "preview.png", dpi=160),
+    "preview": _write_preview,
     "report": _write_report,
     "volumes": _write_volumes,
 }

@@ -28,9 +28,7 @@ from .inputs import opened
 from .model import ALL_ORGANS, file_sha256, load_checkpoint, marginal_logits
 from .organs import CLASSES, ORGANS, palette
 from .outputs import probability_file, save_segmentation
-from .plots import png_bytes, preview
 from .postprocess import PostprocessConfig, postprocess
-from .report import image_tag
 from .scan import Scan, save_nifti, to_square, window
 
 # %% ../nbs/06_predict.ipynb #b4d70ae1
@@ -90,9 +88,14 @@ class Segmentation:
 
     def figure(self):
         "Three planes and a mosaic of slices with the organs in colour."
+        from rsna_seg.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
+
         return preview(self.grey(), self.mask, self.scan.spacing)
 
     def _repr_html_(self):
+        from rsna_seg.plots import png_bytes
+        from rsna_seg.report import image_tag
+
         picture = image_tag(png_bytes(self.figure(), 160), "the scan with its organs in colour")
         shown = self.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)
         shown.index = [f"{o.name}" for o in ORGANS]
