@@ -27,6 +27,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import save
 from torch import nn
 
+from .engines import forward_box
 from .files import ConfigError, whole_file
 from .model import ENCODER, Card, as_input, file_sha256, load_checkpoint
 from .organs import CLASSES
@@ -71,16 +72,31 @@ def export_torchscript(
 _AXES = {0: "batch", 2: "rows", 3: "cols"}
 
 
+class _Boxed(nn.Module):
+    "The network with a box as a second input."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image, box):
+        return forward_box(self.model, image, box)
+
+
 def export_onnx(
     model: nn.Module,
     path: str | Path,  # ends in .onnx; one file, weights included
     size: int = 512,  # rows and columns of the example that is traced, a multiple of 32; others work afterwards
+    boxed: bool = False,  # a second input `box`, int64 (4,) as `grow_box` gives it: the logits are those of the box
 ):
     "Writes the network as ONNX, opset 17; raises `ConfigError` without the package onnx."
     _need("onnx")
+    model, example = _still(model), {"image": torch.zeros(2, 3, size, size)}
+    if boxed:
+        model, example["box"] = _Boxed(model).eval(), torch.tensor([0, size, 0, size])
     with _tracing(), whole_file(path) as part:
-        torch.onnx.export(_still(model), (torch.zeros(2, 3, size, size),), str(part), dynamo=False, opset_version=17,
-                          input_names=["image"], output_names=["logits"], dynamic_axes={"image": _AXES, "logits": _AXES})  # fmt: skip
+        torch.onnx.export(model, tuple(example.values()), str(part), dynamo=False, opset_version=17, input_names=list(example),
+                          output_names=["logits"], dynamic_axes={"image": _AXES, "logits": _AXES})  # fmt: skip
 
 # %% ../nbs/34_export.ipynb #2a3cfe2d
 @contextmanager
