@@ -280,10 +280,8 @@ def _without_folders(value):
     return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(value, str) else value
 
 
-def _hub_config(card):
-    "What smp needs to build the network, and the card."
-    return {"_model_class": "Unet", "encoder_name": ENCODER, "encoder_weights": None, "in_channels": 3, "classes": len(CLASSES),
-            "_card": vars(card)}  # fmt: skip
+_SMP = {"_model_class": "Unet", "encoder_name": ENCODER, "encoder_weights": None, "in_channels": 3, "classes": len(CLASSES)}
+_FILES = ["model.safetensors", "model.json", "config.json"]
 
 # %% ../nbs/34_export.ipynb #4a04a5f9
 _FLIPS = {
@@ -398,26 +396,18 @@ def save_pretrained(
     name: str | None = None,  # "owner/name" on the hub, for the page; the folder's own name if None
     license: str = "apache-2.0",  # of the weights, as the hub spells it
 ):
-    "Writes model.safetensors, config.json and README.md, each whole or not at all."
+    "Writes model.safetensors, model.json, config.json and README.md, each whole or not at all."
     model, card = load_checkpoint(checkpoint)
     folder = Path(folder)
     with whole_file(folder / "model.safetensors") as part:
         part.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, {"format": "pt"}))
         card = replace(card, sha256=file_sha256(part), config=_without_folders(card.config))
-    with whole_file(folder / "config.json") as part:
-        part.write_text(json.dumps(_hub_config(card), indent=2))
-    with whole_file(folder / "README.md") as part:
-        part.write_text(str(_hub_page(card, name or folder.name, license)), encoding="utf-8")
+    page = str(_hub_page(card, name or folder.name, license))
+    for file, text in (("model.json", json.dumps(vars(card), indent=2)), ("config.json", json.dumps(_SMP, indent=2)), ("README.md", page)):
+        with whole_file(folder / file) as part:
+            part.write_text(text, encoding="utf-8")
 
 # %% ../nbs/34_export.ipynb #e34d41e2
-def _read_hub_card(path):
-    "The card in a folder's config.json."
-    try:
-        return Card(**json.loads(path.read_text(encoding="utf-8"))["_card"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} holds no card of this project ({error!r}); give a folder that save_pretrained wrote.") from error
-
-
 def from_pretrained(
     name_or_folder: str | Path,  # a folder that `save_pretrained` wrote, or "owner/name" on the hub
     revision: str | None = None,  # branch, tag or commit on the hub
@@ -426,12 +416,13 @@ def from_pretrained(
     folder = Path(name_or_folder)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+            folder = Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=_FILES))
         except Exception as error:  # the hub's client raises those of its HTTP library too
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"{name_or_folder} is no folder here, and cannot be downloaded from the Hugging Face hub ({reason}).") from error
-    card = _read_hub_card(folder / "config.json")
-    return load_checkpoint(folder / "model.safetensors")[0], card
+    if missing := [file for file in _FILES if not (folder / file).exists()]:
+        raise ConfigError(f"{folder} has no {missing[0]}; give a folder that save_pretrained wrote.")
+    return load_checkpoint(folder / "model.safetensors")
 
 # %% ../nbs/34_export.ipynb #2551576a
 def push_to_hub(

@@ -10,6 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -60,18 +61,18 @@ class Segmentation:
     @property
     def organs(self):
         "A row for each organ, as `organ_facts` gives it; all missing if it was not looked for, ml if the scan has no spacing."
-        if "facts" not in vars(self):
-            table = organ_facts(self.mask, self.scan)
-            table = table[table.index.isin(self.taught)].reindex(table.index)
-            if not self.scan.source.measured:
-                table["ml"] = np.nan
-            vars(self)["facts"] = table  # counting takes seconds
-        return vars(self)["facts"].copy()
+        table = self._facts[self._facts.index.isin(self.taught)].reindex(self._facts.index)
+        return table if self.scan.source.measured else table.assign(ml=np.nan)
 
-    @property
+    @cached_property
+    def _facts(self):
+        return organ_facts(self.mask, self.scan)
+
+    @cached_property
     def findings(self):
         "What a person should look at, as `check_segmentation` tells it."
-        return check_segmentation(self.mask, self.scan, self.taught, self.trained_spacing or None)
+        trained = list(zip(*self.trained_spacing)) or None
+        return check_segmentation(self.mask, self.scan, self.taught, trained, self._facts)
 
     @property
     def notes(self):
