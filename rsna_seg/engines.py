@@ -45,7 +45,7 @@ REACH = 2 * (16 + 8 + 4 + 2 + 1) + 1  # pixels from a box's border to where the 
 def grow_box(
     box: tuple[int, int, int, int],  # top, bottom, left, right, pixels; bottom and right are the first ones outside
     size: int,  # pixels along both sides of the frame, a multiple of `STRIDE`
-    margin: int = 32,  # pixels; `REACH` for the very logits of the frame
+    margin: int = 8,  # pixels; `REACH` for the very logits of the frame
 ) -> tuple[int, int, int, int]:
     "The smallest box on the encoder's grid with the margin around it, within the frame."
     top, bottom, left, right = box
