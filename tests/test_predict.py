@@ -1,0 +1,189 @@
+"From a scan to files: every organ lies where it lay, whatever the source, the engine, the crop; mistakes are told in one sentence."
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from browser import chromium, opened
+from scipy import ndimage
+from test_dicom_files import rt_places, seg_places
+
+from rsna_seg.files import ConfigError
+from rsna_seg.inputs import from_array, read_input
+from rsna_seg.loop import keep_memory
+from rsna_seg.model import Card, SegLoss, as_input, build_model, save_checkpoint
+from rsna_seg.organs import ORGANS
+from rsna_seg.phantom import draw_patient, render, write_mask, write_series
+from rsna_seg.postprocess import PostprocessConfig
+from rsna_seg.predict import PredictConfig, Predictor, Segmentation
+from rsna_seg.outputs import save_segmentation
+from rsna_seg.scan import window
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS and LPS, both ways
+AXES = ["".join(axes[k][f] for k, f in zip(order, flips)) for axes in (("RL", "AP", "SI"),)
+        for order in itertools.permutations(range(3)) for flips in itertools.product((0, 1), repeat=3)]  # fmt: skip
+
+
+def patient():
+    "A patient of 12 slices of 40 x 48 pixels, none of them square, off the scanner's centre: HU, mask, affine to LPS mm."
+    hu, mask, affine = render(draw_patient(1), size=48, slices=12)
+    affine = affine @ np.diag([1, 1.1, 0.9, 1])
+    affine[:3, 3] += 37, -21, 515
+    return np.ascontiguousarray(hu[:, 4:44]), np.ascontiguousarray(mask[:, 4:44]), affine
+
+
+def turned_a_little(affine):
+    "The affine of a patient who lies a little askew: no axis of the voxels runs along one of the body."
+    angle = np.radians(8)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    tip = np.array([[1, 0, 0], [0, np.cos(0.1), -np.sin(0.1)], [0, np.sin(0.1), np.cos(0.1)]])
+    out = affine.copy()
+    out[:3] = turn @ tip @ affine[:3]
+    return out
+
+
+def organs_in(mask, affine):
+    "Of each organ the centre in mm and the millilitres, from the voxels and nothing else, (5, 4)."
+    ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    where = [np.argwhere(mask == o.id) for o in ORGANS]
+    assert all(len(w) for w in where)
+    return np.array([[*(affine[:3, :3] @ w.mean(0) + affine[:3, 3]), len(w) * ml] for w in where])
+
+
+def save(scan, mask, out, *outputs):
+    assert save_segmentation(Segmentation(mask, scan), out, outputs) == out
+    return out
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    "A checkpoint that has seen one phantom for a few seconds: organs and background, not noise."
+    keep_memory()
+    torch.manual_seed(0)
+    model, loss, draw = build_model(encoder_weights="none").train(), SegLoss(), torch.Generator().manual_seed(0)
+    hu, mask, _ = render(draw_patient(1), size=96, slices=16)
+    images, masks, optimizer = torch.from_numpy(window(hu)), torch.from_numpy(mask), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        some = torch.randperm(16, generator=draw)[:8]
+        optimizer.zero_grad()
+        loss(model(as_input(images[some])), masks[some]).backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("net")
+    save_checkpoint(model.eval(), folder / "net.pth", Card(size=96))
+    save_checkpoint(model, folder / "large.pth", Card(size=512))
+    return folder / "net.pth"
+
+
+@pytest.fixture(scope="module")
+def phantom():
+    hu, mask, affine = render(draw_patient(1), size=96, slices=16)
+    return from_array(hu, affine, "LPS", "phantom")
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_nifti_in_any_order_gets_its_own_grid_back(axes, tmp_path):
+    "All 48 ways to store a volume: shape and affine of the source, organs where they were in the patient, as nibabel reads it."
+    hu, mask, affine = patient()
+    affine = turned_a_little(affine)
+    write_mask(tmp_path / "ct.nii", hu, affine, axes)
+    scan = read_input(tmp_path / "ct.nii")
+    np.testing.assert_array_equal(scan.hu, hu)
+    source, written = nib.load(tmp_path / "ct.nii"), nib.load(save(scan, mask, tmp_path / "out", "nifti") / "organs.nii.gz")
+    assert "".join(nib.aff2axcodes(source.affine)) == axes
+    assert written.get_data_dtype() == np.uint8 and written.shape == source.shape
+    np.testing.assert_array_equal(written.affine, source.affine)
+    found, truth = organs_in(np.asarray(written.dataobj), LPS @ written.affine), organs_in(mask, affine)
+    np.testing.assert_allclose(found, truth, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SAL", "IAR"])
+def test_nifti_as_simpleitk_reads_it(axes, tmp_path):
+    "Origin, spacing and directions are those of the source; the organs lie where they were."
+    sitk = pytest.importorskip("SimpleITK")
+    hu, mask, affine = patient()
+    affine = turned_a_little(affine)
+    write_mask(tmp_path / "ct.nii", hu, affine, axes)
+    scan = read_input(tmp_path / "ct.nii")
+    source, image = sitk.ReadImage(tmp_path / "ct.nii"), sitk.ReadImage(save(scan, mask, tmp_path, "nifti") / "organs.nii.gz")
+    assert image.GetPixelID() == sitk.sitkUInt8 and image.GetSize() == source.GetSize()
+    for name in ("GetOrigin", "GetSpacing", "GetDirection"):
+        assert getattr(image, name)() == getattr(source, name)()
+    theirs, truth = sitk.GetArrayFromImage(image).T, organs_in(mask, affine)
+    for o, (*centre, ml) in zip(ORGANS, truth):
+        index = np.argwhere(theirs == o.id)
+        np.testing.assert_allclose(image.TransformContinuousIndexToPhysicalPoint(index.mean(0).tolist()), centre, atol=2e-3)
+        assert len(index) * np.prod(image.GetSpacing()) / 1000 == pytest.approx(ml, rel=1e-5)
+
+
+def test_headers_that_say_it_otherwise(tmp_path):
+    "Scaled values and a place in the qform alone: the mask holds 0..5 at the same place."
+    hu, mask, affine = patient()
+    image = nib.Nifti1Image(((hu.T.astype(int) + 1024) * 2).astype(np.int16), None)
+    image.set_qform(LPS @ turned_a_little(affine)[:, [2, 1, 0, 3]], 1)
+    raw = bytearray(image.to_bytes())
+    raw[112:120] = np.array([0.5, -1024], "<f4").tobytes()  # scl_slope and scl_inter, which nibabel does not write
+    (tmp_path / "ct.nii").write_bytes(raw)
+    scan = read_input(tmp_path / "ct.nii")
+    np.testing.assert_array_equal(scan.hu, hu)
+    source, written = nib.load(tmp_path / "ct.nii"), nib.load(save(scan, mask, tmp_path, "nifti") / "organs.nii.gz")
+    np.testing.assert_allclose(written.affine, source.affine, atol=1e-5)
+    assert written.get_data_dtype() == np.uint8 and set(np.unique(written.get_fdata())) == set(range(6))
+    np.testing.assert_array_equal(written.get_fdata(), mask.T)
+
+
+SERIES = {  # axes of the stored volume that are flipped, the position that is stated, what else
+    "HFS": ((), "HFS", {}),
+    "FFS": ((0, 2), "FFS", {}),
+    "HFP": ((1, 2), "HFP", {}),
+    "reversed": ((), "HFS", {"falling": True}),
+    "tilted": ((), "HFS", {"lean": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", SERIES)
+def test_dicom_from_the_folder_to_three_files(case, tmp_path):
+    "NIfTI by nibabel and SimpleITK, SEG and RTSTRUCT by pydicom: the same organs in the same places, and those of the patient."
+    pytest.importorskip("highdicom")
+    hu, mask, affine = patient()
+    flipped, position, how = SERIES[case]
+    affine[1, 0] += how.get("lean", 0) * affine[2, 0]
+    truth, stored = organs_in(mask, affine), affine.copy()
+    for axis in flipped:
+        stored[:3, 3] += stored[:3, axis] * (hu.shape[axis] - 1)
+        stored[:3, axis] *= -1
+    write_series(tmp_path / "ct", np.flip(hu, flipped), stored, falling=how.get("falling", False))
+    for path in (tmp_path / "ct").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.PatientPosition = position
+        dataset.save_as(path)
+    scan = read_input(tmp_path / "ct")
+    np.testing.assert_array_equal(scan.hu, hu)
+    out = save(scan, mask, tmp_path / "out", "nifti", "seg", "rtstruct")
+    image = nib.load(out / "organs.nii.gz")
+    np.testing.assert_allclose(organs_in(np.asarray(image.dataobj), LPS @ image.affine), truth, atol=0.01, rtol=1e-4)
+    pixel_ml = np.linalg.norm(affine[:3, 1]) * np.linalg.norm(affine[:3, 2]) * affine[2, 0] / 1000
+    for places in (seg_places(out / "organs.seg.dcm"), rt_places(out / "organs.rtstruct.dcm", scan.source.files)):
+        found = [[*places[o.id].mean(0), len(places[o.id]) * pixel_ml] for o in ORGANS]
+        np.testing.assert_allclose(found, truth, atol=0.01, rtol=1e-4)
+    if "lean" in how:
+        assert scan.tilt_deg > 10 and any("tilt" in note for note in scan.notes)
+    else:
+        sitk = pytest.importorskip("SimpleITK")
+        theirs = sitk.ReadImage(out / "organs.nii.gz")
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "ct")))
+        ct, array = reader.Execute(), sitk.GetArrayFromImage(theirs).T
+        for o, (*centre, _) in zip(ORGANS, truth):
+            index = np.argwhere(array == o.id)
+            np.testing.assert_allclose(theirs.TransformContinuousIndexToPhysicalPoint(index.mean(0).tolist()), centre, atol=0.01)
+            # in their own reading of the series the organ's first voxel has the HU that it has in ours
+            z, row, col = np.argwhere(mask == o.id)[0]
+            there = (affine @ (z, row, col, 1))[:3]
+            assert ct[ct.TransformPhysicalPointToIndex(there.tolist())] == hu[z, row, col]
