@@ -20,10 +20,10 @@ from rsna_seg.inputs import from_array, read_input
 from rsna_seg.loop import keep_memory
 from rsna_seg.model import Card, SegLoss, as_input, build_model, save_checkpoint
 from rsna_seg.organs import ORGANS
+from rsna_seg.outputs import save_segmentation
 from rsna_seg.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.postprocess import PostprocessConfig
 from rsna_seg.predict import PredictConfig, Predictor, Segmentation
-from rsna_seg.outputs import save_segmentation
 from rsna_seg.scan import window
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS and LPS, both ways
@@ -187,3 +187,112 @@ def test_dicom_from_the_folder_to_three_files(case, tmp_path):
             z, row, col = np.argwhere(mask == o.id)[0]
             there = (affine @ (z, row, col, 1))[:3]
             assert ct[ct.TransformPhysicalPointToIndex(there.tolist())] == hu[z, row, col]
+
+
+def equal(one, other):
+    return float((one == other).mean())
+
+
+def test_cropping_changes_nothing(real_ct, net):
+    "On a real torso and a real series at 512: at least 99.9 % of the voxels, though less is computed."
+    torso, series = read_input(real_ct / "totalseg_example" / "ct.nii.gz"), read_input(real_ct / "ct3slice" / "series")
+    some = from_array(torso.hu[40:80:10], torso.affine @ np.diag([10, 1, 1, 1]), "LPS")
+    whole, cropped = (Predictor(net.with_name("large.pth"), PredictConfig("torch", crop=crop)) for crop in (False, True))
+    for scan in (some, series):
+        box, ranks = cropped.work_on(scan)
+        assert (box[1] - box[0]) * (box[3] - box[2]) < 0.9 * 512**2, box
+        masks = whole(scan).mask, cropped(scan).mask
+        assert (np.bincount(masks[0].ravel(), minlength=6) > 0).sum() >= 3  # it finds something
+        assert equal(*masks) >= 0.999
+
+
+@pytest.mark.parametrize("engine, enough", [("openvino", 0.999), ("onnxruntime", 0.999), ("torch-bf16", 0.995)])
+def test_engines_agree(net, phantom, engine, enough):
+    "The classes of PyTorch in float32."
+    for package in {"openvino": ["openvino"], "onnxruntime": ["onnx", "onnxscript", "onnxruntime"]}.get(engine, ()):
+        pytest.importorskip(package)
+    masks = [Predictor(net, PredictConfig(name, batch_size=8))(phantom).mask for name in ("torch", engine)]
+    assert len(np.unique(masks[0])) >= 4
+    assert equal(*masks) >= enough
+
+
+def two_spots(size):
+    "HU of three slices with a bright spot on either side, not at the same height; where each spot is."
+    row, col = np.mgrid[:size, :size] / size
+    left, right = (row - 0.3) ** 2 + (col - 0.28) ** 2 < 0.008, (row - 0.65) ** 2 + (col - 0.7) ** 2 < 0.008
+    return np.broadcast_to(np.where(left | right, 200, -100).astype(np.int16), (3, size, size)), left, right
+
+
+def sides(images, box=None):
+    "A network that calls what is bright right kidney on the picture's left half and left kidney on the other."
+    bright, logits = images > 128, torch.zeros(len(images), 6, *images.shape[1:])
+    middle = images.shape[-1] // 2
+    logits[:, 0] = 20.0 * ~bright
+    logits[:, 4, :, :middle] = 20.0 * bright[..., :middle]
+    logits[:, 3, :, middle:] = 20.0 * bright[..., middle:]
+    top, bottom, left, right = box or (0, images.shape[1], 0, images.shape[2])
+    return logits[..., top:bottom, left:right]
+
+
+@pytest.mark.parametrize("flips", ["off", "exchange"])
+def test_views_are_turned_back(tmp_path, net, flips):
+    "In every view, the mirrored one too, both kidneys stay where they are and keep their names."
+    (tmp_path / "net.pth").write_bytes(net.read_bytes())
+    (tmp_path / "net.json").write_text(json.dumps(vars(Card(size=96, config={"augment": {"sides": flips}}))))
+    predictor, seen = Predictor(tmp_path / "net.pth", PredictConfig("torch", views=True)), []
+    predictor.engines = [lambda images, box=None: seen.append(images) or sides(images, box)]
+    hu, left, right = two_spots(96)
+    p = predictor.logits(hu, np.arange(3)).softmax(1).numpy()
+    inner, outside = ndimage.binary_erosion, ~ndimage.binary_dilation(left | right, iterations=3)
+    assert p[:, 4, inner(left, iterations=3)].min() > 0.99 and p[:, 3, inner(right, iterations=3)].min() > 0.99
+    assert p[:, 0, outside].min() > 0.99
+    assert len(seen) == (6 if flips == "exchange" else 5) and len({view.numpy().tobytes() for view in seen}) == len(seen)
+    mask = predictor(from_array(hu.T, np.diag([1, 1, 5, 1.0]), "LPS")).mask
+    assert equal(mask[0], np.where(left, 4, np.where(right, 3, 0))) > 0.99
+
+
+@pytest.fixture(scope="module")
+def other(net):
+    "Another network of the same kind."
+    torch.manual_seed(1)
+    save_checkpoint(build_model(encoder_weights="none").eval(), net.with_name("other.pth"), Card(size=96))
+    return net.with_name("other.pth")
+
+
+def test_several_checkpoints_are_averaged(net, other, phantom):
+    "Probabilities are, not classes nor logits, and in whatever order."
+    config, z = PredictConfig("torch"), np.array([4, 9])
+    one, two, both, turned = (Predictor(paths, config).logits(phantom.hu, z).softmax(1) for paths in ([net], other, [net, other], [other, net]))
+    assert (one - two).abs().max() > 0.3
+    torch.testing.assert_close(both, (one + two) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(both, turned, atol=1e-5, rtol=0)
+    mask = Predictor([net, other], config)(phantom).mask
+    assert equal(mask[z], both.argmax(1).numpy()) > 0.99
+
+
+@pytest.mark.parametrize("card", [{"size": 128}, {"level": 40.0}, {"width": 350.0}, {"channels": "neighbours"}, {"labelled": ["liver"]}])
+def test_unlike_checkpoints_are_not_averaged(tmp_path, net, other, card):
+    (tmp_path / "odd.pth").write_bytes(other.read_bytes())
+    (tmp_path / "odd.json").write_text(json.dumps(vars(Card(**{"size": 96, **card}))))
+    with pytest.raises(ConfigError, match=rf"odd.pth and .*net.pth differ in {next(iter(card))} .* cannot be averaged\."):
+        Predictor([net, tmp_path / "odd.pth"], PredictConfig("torch"))
+
+
+def test_probabilities(tmp_path, net, phantom):
+    "Of the network before post-processing, a chunk a slice; they sum to 1."
+    h5py = pytest.importorskip("h5py")
+    plain = Predictor(net, PredictConfig("torch"))(phantom).mask
+    config = PredictConfig("torch", postprocess=PostprocessConfig(min_piece_ml=1e6))
+    result = Predictor(net, config)(phantom, tmp_path / "new" / "p.h5")
+    assert plain.any() and not result.mask.any() and len(result.changes)
+    with h5py.File(tmp_path / "new" / "p.h5") as file:
+        found = file["probabilities"]
+        assert found.dtype == np.float16 and found.shape == (16, 6, 96, 96) and found.chunks == (1, 6, 96, 96)
+        np.testing.assert_array_equal(found.attrs["affine_lps"], phantom.affine)
+        assert list(found.attrs["classes"]) == ["background", *(o.key for o in ORGANS)]
+        p = found[:].astype(np.float32)
+    np.testing.assert_allclose(p.sum(1), 1, atol=2e-3)
+    differs = p.argmax(1) != plain
+    close = p.max(1) - np.take_along_axis(p, plain[:, None].astype(int), 1)[:, 0]
+    assert differs.mean() < 1e-3 and close[differs].max(initial=0) < 1e-3  # a tie in half precision
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["p.h5"]
