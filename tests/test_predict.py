@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -14,11 +15,13 @@ import torch
 from browser import chromium, opened
 from scipy import ndimage
 from test_dicom_files import rt_places, seg_places
+from torch.nn.functional import one_hot, unfold
 
+from rsna_seg import engines
 from rsna_seg.files import ConfigError
 from rsna_seg.inputs import from_array, read_input
 from rsna_seg.loop import keep_memory
-from rsna_seg.model import Card, SegLoss, as_input, build_model, save_checkpoint
+from rsna_seg.model import Card, as_input, build_model, save_checkpoint
 from rsna_seg.organs import ORGANS
 from rsna_seg.outputs import save_segmentation
 from rsna_seg.phantom import draw_patient, render, write_mask, write_series
@@ -62,21 +65,34 @@ def save(scan, mask, out, *outputs):
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Pictures this small gain nothing from threads."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    "A checkpoint that has seen one phantom for a few seconds: organs and background, not noise."
+    "A checkpoint of random weights whose last layer was fitted to a phantom by least squares: organs and background, not noise."
     keep_memory()
     torch.manual_seed(0)
-    model, loss, draw = build_model(encoder_weights="none").train(), SegLoss(), torch.Generator().manual_seed(0)
-    hu, mask, _ = render(draw_patient(1), size=96, slices=16)
-    images, masks, optimizer = torch.from_numpy(window(hu)), torch.from_numpy(mask), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        some = torch.randperm(16, generator=draw)[:8]
-        optimizer.zero_grad()
-        loss(model(as_input(images[some])), masks[some]).backward()
-        optimizer.step()
+    model, (hu, mask, _) = build_model(encoder_weights="none").train(), render(draw_patient(1), size=96, slices=16)
+    images, classes = as_input(torch.from_numpy(window(hu))), torch.from_numpy(mask).long().ravel()
+    with torch.no_grad():
+        for _ in range(2):
+            model(images)  # so that BatchNorm has seen something
+        features = model.eval().decoder(model.encoder(images))
+        around = unfold(features, 3, padding=1).permute(0, 2, 1).flatten(0, 1).double()
+        a, b = torch.cat([around, torch.ones(len(around), 1)], 1), 20.0 * one_hot(classes, 6)
+        weighted = a * (1 / classes.bincount().sqrt()[classes])[:, None]
+        weights = torch.linalg.solve(weighted.T @ a + 1e-6 * torch.eye(a.shape[1]), weighted.T @ b.double())
+        model.segmentation_head[0].weight.copy_(weights[:-1].T.reshape(6, -1, 3, 3))
+        model.segmentation_head[0].bias.copy_(weights[-1])
     folder = tmp_path_factory.mktemp("net")
-    save_checkpoint(model.eval(), folder / "net.pth", Card(size=96))
+    save_checkpoint(model, folder / "net.pth", Card(size=96))
     save_checkpoint(model, folder / "large.pth", Card(size=512))
     return folder / "net.pth"
 
@@ -196,21 +212,23 @@ def equal(one, other):
 def test_cropping_changes_nothing(real_ct, net):
     "On a real torso and a real series at 512: at least 99.9 % of the voxels, though less is computed."
     torso, series = read_input(real_ct / "totalseg_example" / "ct.nii.gz"), read_input(real_ct / "ct3slice" / "series")
-    some = from_array(torso.hu[40:80:10], torso.affine @ np.diag([10, 1, 1, 1]), "LPS")
+    air = np.pad(torso.hu[40:80:20], ((0, 0), (30, 29), (19, 19)), constant_values=-1000)  # as in a wide field of view
+    some = from_array(air, torso.affine @ np.diag([20, 1, 1, 1]), "LPS")
     whole, cropped = (Predictor(net.with_name("large.pth"), PredictConfig("torch", crop=crop)) for crop in (False, True))
     for scan in (some, series):
         box, ranks = cropped.work_on(scan)
-        assert (box[1] - box[0]) * (box[3] - box[2]) < 0.9 * 512**2, box
+        assert (box[1] - box[0]) * (box[3] - box[2]) < 0.95 * 512**2, box
         masks = whole(scan).mask, cropped(scan).mask
         assert (np.bincount(masks[0].ravel(), minlength=6) > 0).sum() >= 3  # it finds something
         assert equal(*masks) >= 0.999
 
 
 @pytest.mark.parametrize("engine, enough", [("openvino", 0.999), ("onnxruntime", 0.999), ("torch-bf16", 0.995)])
-def test_engines_agree(net, phantom, engine, enough):
-    "The classes of PyTorch in float32."
+def test_engines_agree(monkeypatch, net, phantom, engine, enough):
+    "The classes of PyTorch in float32; OpenVINO in float32 too, as left to itself it takes bfloat16 where the processor has it."
     for package in {"openvino": ["openvino"], "onnxruntime": ["onnx", "onnxscript", "onnxruntime"]}.get(engine, ()):
         pytest.importorskip(package)
+    monkeypatch.setattr(engines, "OpenvinoEngine", partial(engines.OpenvinoEngine, precision="f32"))
     masks = [Predictor(net, PredictConfig(name, batch_size=8))(phantom).mask for name in ("torch", engine)]
     assert len(np.unique(masks[0])) >= 4
     assert equal(*masks) >= enough
