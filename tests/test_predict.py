@@ -3,12 +3,16 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 
+import cv2
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import torch
@@ -18,6 +22,7 @@ from test_dicom_files import rt_places, seg_places
 from torch.nn.functional import one_hot, unfold
 
 from rsna_seg import engines
+from rsna_seg.cli import main
 from rsna_seg.files import ConfigError
 from rsna_seg.inputs import from_array, read_input
 from rsna_seg.loop import keep_memory
@@ -314,3 +319,171 @@ def test_probabilities(tmp_path, net, phantom):
     close = p.max(1) - np.take_along_axis(p, plain[:, None].astype(int), 1)[:, 0]
     assert differs.mean() < 1e-3 and close[differs].max(initial=0) < 1e-3  # a tie in half precision
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["p.h5"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A NIfTI, a series, a folder of two series, PNG slices, and files that are no scan or no checkpoint."
+    folder = tmp_path_factory.mktemp("place")
+    hu, _, affine = patient()
+    write_mask(folder / "ct.nii", hu, affine)
+    write_series(folder / "series", hu, affine)
+    for number in (1, 2):
+        write_series(folder / "two" / str(number), hu, affine)
+        for path in (folder / "two" / str(number)).iterdir():
+            dataset = pydicom.dcmread(path)
+            dataset.SeriesNumber = number
+            dataset.save_as(folder / "two" / f"{number}-{path.name}")
+        shutil.rmtree(folder / "two" / str(number))
+    (folder / "pngs").mkdir()
+    for k, plane in enumerate(window(hu)):
+        cv2.imwrite(str(folder / "pngs" / f"slice{k}.png"), plane)
+    (folder / "empty").mkdir()
+    (folder / "notes.pth").write_text("these are no weights")
+    (folder / "notes.txt").write_text("no acute findings")
+    (folder / "scans.csv").write_text("name\nann\n")
+    return folder
+
+
+def rsna_seg(capsys, *words):
+    "Exit code, what was printed, what was complained of; anything but an exit is a traceback, and fails the test."
+    with pytest.raises(SystemExit) as end:
+        main(["predict", *map(str, words), "--engine", "torch"])
+    said = capsys.readouterr()
+    return end.value.code, said.out, said.err
+
+
+MISTAKES = {  # words after the command, and what the sentence holds
+    "no checkpoint": (["absent.pth", "ct.nii", "out"], "absent.pth does not exist"),
+    "not a checkpoint": (["notes.pth", "ct.nii", "out"], "notes.pth cannot be read as weights"),
+    "no scan": (["NET", "absent.nii", "out"], "absent.nii does not exist"),
+    "not a scan": (["NET", "notes.txt", "out"], "notes.txt is no scan that is known here"),
+    "nothing in it": (["NET", "empty", "out"], "empty holds no scan"),
+    "two series": (["NET", "two", "out"], "two holds 2 CT series; choose one with --series and its UID"),
+    "which series": (["NET", "two", "out", "--series", "7"], "two holds no CT series 7; choose one with --series"),
+    "no choice": (["NET", "ct.nii", "out", "--series", "7"], "leave --series 7 away"),
+    "spacing of DICOM": (["NET", "series", "out", "--spacing", 1, 1, 1], "has a spacing of its own"),
+    "spacing of nothing": (["NET", "pngs", "out", "--spacing", 1, 1, 0], "give three positive numbers"),
+    "table without paths": (["NET", "scans.csv", "out"], "scans.csv has no column path"),
+    "SEG of NIfTI": (["NET", "ct.nii", "out", "--outputs", "nifti", "seg"], "is no DICOM series"),
+    "out is a file": (["NET", "ct.nii", "notes.txt"], "notes.txt cannot be written"),
+    "unlike another": (["NET", "ct.nii", "out", "--also", "LARGE"], "differ in size"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_sentence(mistake, place, net, capsys, monkeypatch):
+    "Exit code 2, no traceback, nothing half-written; of several series the lines below the sentence tell which there are."
+    monkeypatch.chdir(place)
+    words, says = MISTAKES[mistake]
+    code, _, complaints = rsna_seg(capsys, *({"NET": net, "LARGE": net.with_name("large.pth")}.get(w, w) for w in words))
+    first, *more = complaints.splitlines()
+    assert code == 2 and first.startswith("rsna_seg predict: ") and says in first, complaints
+    assert len(more) == (2 if mistake in ("two series", "which series") else 0), complaints
+    assert all(re.match(r"  [\d.]+: number \d, 12 slices 20.17 mm apart", line) for line in more), complaints
+    assert not (place / "out").exists() and (place / "notes.txt").read_text() == "no acute findings"
+
+
+@pytest.mark.parametrize("words, says", [(["--outputs", "dicom"], "dicom"), (["--batch-size", 0], "batch_size is 0; it must be at least 1"),
+                                         (["--spacing", 1, 1], "--spacing")])  # fmt: skip
+def test_words_that_do_not_fit(words, says, place, net, capsys, tmp_path):
+    code, _, complaints = rsna_seg(capsys, net, place / "ct.nii", tmp_path / "out", *words)
+    assert code == 2 and says in " ".join(complaints.replace("│", " ").split()), complaints
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_process_says_it_too(place, tmp_path):
+    "Of the mistakes one as a user types it."
+    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", "predict", place / "notes.pth", place / "ct.nii", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("series", ["1", "2"])
+def test_a_series_is_chosen(series, place, net, capsys, tmp_path):
+    code, said, complaints = rsna_seg(capsys, net, place / "two", tmp_path, "--series", series, "--outputs", "volumes")
+    assert code == 0, complaints
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["volumes.csv", "volumes.json"]
+
+
+def test_pngs_without_spacing_have_no_millilitres(place, net, capsys, tmp_path):
+    "But a mask for each slice and a note; with a spacing the millilitres are there."
+    code, said, complaints = rsna_seg(capsys, net, place / "pngs", tmp_path / "bare", "--outputs", "png", "volumes")
+    assert code == 0 and "has no spacing: volumes are voxels, not ml; give --spacing" in said, complaints
+    bare = pd.read_csv(tmp_path / "bare" / "volumes.csv").set_index("organ")
+    assert bare.ml.isna().all() and bare.voxels.sum() > 0
+    masks = [cv2.imread(str(tmp_path / "bare" / "masks" / f"slice{k}.png"), cv2.IMREAD_UNCHANGED) for k in range(12)]
+    assert np.bincount(np.ravel(masks), minlength=6)[1:].tolist() == bare.voxels.tolist()
+    code, said, _ = rsna_seg(capsys, net, place / "pngs", tmp_path / "measured", "--outputs", "volumes", "--spacing", 20, 8, 7)
+    measured = pd.read_csv(tmp_path / "measured" / "volumes.csv").set_index("organ")
+    assert code == 0 and "has no spacing" not in said
+    np.testing.assert_allclose(measured.ml, bare.voxels * 1.12, atol=2e-3)
+
+
+def test_a_browser_opens_the_report(place, net, capsys, tmp_path):
+    "One file, opened from the disk: no error, no request, and the warnings that `findings` gives."
+    code, said, complaints = rsna_seg(capsys, net, place / "series", tmp_path / "out", "--outputs", "report")
+    assert code == 0, complaints
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["report.html"]
+    texts = [f.text for f in Predictor(net, PredictConfig("torch"))(place / "series").findings]
+    assert len(texts) >= 2 and all(f"check: {text}" in said for text in texts)
+    with chromium() as browser, opened(browser, tmp_path / "out" / "report.html") as (page, seen):
+        page.locator("canvas").wait_for()
+        assert page.get_by_role("note", name="Please check").get_by_role("listitem").all_inner_texts() == texts
+        assert page.get_by_role("table", name="Organs").get_by_role("rowheader").all_inner_texts() == [o.name for o in ORGANS]
+        assert seen.problems == [] and seen.elsewhere == []
+
+
+IMPORTS = """
+from time import perf_counter as now
+start = now()
+import torch
+middle = now()
+import rsna_seg.predict
+print(middle - start, now() - middle)
+"""
+
+
+def test_importing_is_quick():
+    "What it adds to PyTorch's own time, the best of three processes."
+    runs = [subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    torchs, ours = np.array(runs, float).min(0)
+    assert ours < 1, f"rsna_seg.predict takes {ours:.2f} s more than the {torchs:.2f} s of torch"
+
+
+def test_help_is_quick():
+    "The whole process, Python's own start with it."
+    command, seconds = [sys.executable, "-c", "from rsna_seg.cli import main; main()", "--help"], []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1, seconds
+
+
+MEMORY = """
+import sys
+import time
+from pathlib import Path
+import torch
+from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
+torch.set_num_threads(2)
+result = Predictor(sys.argv[1], PredictConfig("torch", batch_size=8))(sys.argv[2])
+save_segmentation(result, sys.argv[3], ("nifti", "preview", "volumes"))
+print(result.mask.shape, Path("/proc/self/status").read_text())
+"""
+
+
+def test_memory_of_a_long_scan(net, tmp_path):
+    "A thousand slices of 512 x 512, which are 0.5 GB as int16: the peak stays below 3 GB."
+    hu, _, affine = render(draw_patient(1), size=128, slices=20)
+    tall = nib.Nifti1Image(np.broadcast_to(hu[:, None, :, None, :, None], (20, 50, 128, 4, 128, 4)).reshape(1000, 512, 512).T,
+                           LPS @ (affine @ np.diag([1 / 50, 1 / 4, 1 / 4, 1]))[:, [2, 1, 0, 3]])  # fmt: skip
+    nib.save(tall, tmp_path / "ct.nii")
+    del tall
+    done = subprocess.run([sys.executable, "-c", MEMORY, net, tmp_path / "ct.nii", tmp_path / "out"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and done.stdout.startswith("(1000, 512, 512)"), done.stderr
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout)[1]) / 2**20
+    print(f"{peak:.2f} GiB")
+    assert peak < 2.79  # 3 GB
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["organs.nii.gz", "preview.png", "volumes.csv", "volumes.json"]
