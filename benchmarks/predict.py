@@ -1,9 +1,12 @@
 "How long does a scan take from DICOM on disk to NIfTI and volumes on a CPU, against the usual loop, ONNX Runtime and OpenVINO?"
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -15,8 +18,9 @@ import torch
 from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
+from rsna_seg.demo import DemoConfig, demo
 from rsna_seg.engines import OnnxEngine, OpenvinoEngine
-from rsna_seg.model import ENCODER, Card, build_model, load_checkpoint, save_checkpoint
+from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
 from rsna_seg.organs import CLASSES
 from rsna_seg.outputs import save_segmentation
 from rsna_seg.phantom import draw_patient, render, write_series
@@ -31,7 +35,7 @@ def arguments():
     "The words of the other benchmarks, a real scan, and weights."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scan", type=Path, help="a real CT, resampled to 512 x 512 beside the phantom")
-    parser.add_argument("--checkpoint", type=Path, help="weights; random ones if not given, which cost as much")
+    parser.add_argument("--checkpoint", type=Path, help="weights; if not given, those of the demo, which trains first")
     parser.add_argument("--slices", type=int, default=200, help="of the phantom")
     parser.add_argument("--quick", action="store_true", help="24 slices of each scan and one round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
@@ -87,8 +91,48 @@ def snippet(checkpoint):
 
 
 def whole_frames(engine):
-    "A peer's runtime on full frames, the same bytes in, `argmax` out."
-    return lambda grey: engine(torch.from_numpy(np.rint(grey * 255).astype(np.uint8))).numpy().argmax(1)
+    "A peer's runtime on full frames: bytes in, `argmax` out."
+    return lambda grey: engine(torch.from_numpy(np.rint(grey * 255).astype(np.uint8))).argmax(1).numpy()
+
+
+def ours(checkpoint):
+    "This project."
+    predictor = Predictor(checkpoint, PredictConfig(batch_size=BATCH))
+    print(predictor, flush=True)
+    return lambda series, out: save_segmentation(predictor(series), out, ("nifti", "volumes"))
+
+
+def peer(way, checkpoint):
+    "The tutorial's path with one of the others' networks."
+    if way == SNIPPET:
+        infer = snippet(checkpoint)
+    else:
+        model = load_checkpoint(checkpoint)[0]
+        infer = whole_frames(OnnxEngine(model, SIZE) if way == ONNX else OpenvinoEngine(model, SIZE, "f32"))
+    return lambda series, out: tutorial(series, out, infer)
+
+
+_WAY = {}  # of this process
+
+
+def begin(way, checkpoint):
+    "Makes a process ready for one way."
+    os.environ["TQDM_DISABLE"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    _WAY["run"] = ours(checkpoint) if way == OURS else peer(way, checkpoint)
+
+
+def once(series, out):
+    "One scan from disk to disk, in the process of a way."
+    _WAY["run"](series, out)
+
+
+def demo_weights(folder):
+    "Weights that know the five organs, in a few minutes: those of the demo, to be run on 512 pixels."
+    demo(DemoConfig(out=folder / "demo"))
+    found = next((folder / "demo" / "refined").glob("*.pth"))
+    save_checkpoint(load_checkpoint(found)[0], folder / "weights.pth", Card(size=SIZE))
+    return folder / "weights.pth"
 
 
 def agreement(a, b):
@@ -96,44 +140,40 @@ def agreement(a, b):
     return float((np.asarray(nib.load(a).dataobj) == np.asarray(nib.load(b).dataobj)).mean())
 
 
+def about(name, series, limit, speed, checkpoint):
+    "Prints seconds a scan, what is left out of it, and the share of the processor's limit."
+    predictor, scan = Predictor(checkpoint, PredictConfig("torch", "cpu")), read_scan(series)
+    box, ranks = predictor.work_on(scan)
+    print(f"{name}: {len(scan.hu)} slices, {len(scan.hu) / speed:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%}"
+          f" of the frame, {len(ranks)} slices; {speed * gflop_of_a_slice() / limit:.0%} of the measured bfloat16 matrix-product limit"
+          f" ({limit:.0f} GFLOP/s), counting whole frames")  # fmt: skip
+
+
 def main():
-    "Writes the scans, times all ways in turn, and reports."
+    "Writes the scans, times all ways in turn, each in a process of its own, and reports."
     args = arguments()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        folder, scans = Path(folder), {}
-        checkpoint = args.checkpoint or folder / "random.pth"
-        if args.checkpoint is None:
-            torch.manual_seed(0)
-            save_checkpoint(build_model(encoder_weights="none"), checkpoint, Card())
-        scans["phantom"] = folder / "phantom"
-        write_phantom(scans["phantom"], 24 if args.quick else args.slices)
+    rounds, slices = (1, 24) if args.quick else (ROUNDS, args.slices)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
+        checkpoint = args.checkpoint or demo_weights(folder)
+        write_phantom(scans["phantom"], slices)
         if args.scan:
             scans["real CT"] = folder / "real"
             write_resampled(args.scan, scans["real CT"], 24 if args.quick else 0)
-        model = load_checkpoint(checkpoint)[0]
-        predictor = Predictor(checkpoint, PredictConfig(batch_size=BATCH))
-        print(predictor)
-        peers = {SNIPPET: snippet(checkpoint), ONNX: whole_frames(OnnxEngine(model, SIZE)), OPENVINO: whole_frames(OpenvinoEngine(model, SIZE, "f32"))}
-        rounds = 1 if args.quick else ROUNDS
+        spawn = multiprocessing.get_context("spawn")
+        pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in (OURS, SNIPPET, ONNX, OPENVINO)}
         results, ratios = {"matrix products, bfloat16": products(torch.bfloat16, rounds)}, {}
-        limit = results["matrix products, bfloat16"]["median"]
         for name, series in scans.items():
-            count = len(list(series.iterdir()))
-            out = {way: folder / "out" / name / way for way in (OURS, *peers)}
+            out = {way: folder / "out" / name / way for way in pools}
             for place in out.values():
                 place.mkdir(parents=True)
-            ways = {f"{name}: {OURS}": lambda series=series, out=out: save_segmentation(predictor(series), out[OURS], ("nifti", "volumes"))}
-            ways |= {f"{name}: {way}": lambda series=series, out=out, way=way, infer=infer: tutorial(series, out[way], infer) for way, infer in peers.items()}
-            results |= speeds(ways, count, "slices/s", rounds)
-            ours = results[f"{name}: {OURS}"]["median"]
-            ratios |= {f"{name}: ours/{way}": ours / results[f"{name}: {way}"]["median"] for way in peers}
-            box, ranks = predictor.work_on(read_scan(series))
-            share = ours * gflop_of_a_slice() / limit
-            print(f"{name}: {count} slices, {count / ours:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%} of the frame,"
-                  f" {len(ranks)} slices; {share:.0%} of the measured bfloat16 matrix-product limit ({limit:.0f} GFLOP/s), counting whole frames")
-            for way in peers:
+            ways = {f"{name}: {way}": lambda way=way, pool=pool: pool.submit(once, series, out[way]).result() for way, pool in pools.items()}
+            found = speeds(ways, len(list(series.iterdir())), "slices/s", rounds)
+            results |= found
+            speed = found[f"{name}: {OURS}"]["median"]
+            ratios |= {f"{name}: ours/{way}": speed / found[f"{name}: {way}"]["median"] for way in pools if way != OURS}
+            about(name, series, results["matrix products, bfloat16"]["median"], speed, checkpoint)
+            for way in (SNIPPET, ONNX, OPENVINO):
                 print(f"{name}: {agreement(out[OURS] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels equal to {way}")
         report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino"), rounds, args.json)
 

@@ -133,6 +133,7 @@ def _direction(scan):
 # %% ../nbs/36_checks.ipynb #805619a0
 _SPACING = (0.0, 10.0), (0.3, 1.5), (0.3, 1.5)  # mm along z, row, col
 _LEEWAY = 1.1  # a tenth beyond training's is no matter
+_NO_SPACING = "How far slices, rows and columns are apart is not known, so that nothing could be measured in mm or ml; give their spacing."
 
 
 def _spacings(scan, trained):
@@ -197,13 +198,16 @@ def _outside(facts):
                       " knows; look at the scan.")  # fmt: skip
 
 
+def _missing(facts):
+    for key in facts.index[facts.voxels == 0]:
+        yield Finding("missing", key, f"No {_NAME[key]} was found: it may have been removed, lie outside the scan, or be missed;"
+                      " look at the scan.")  # fmt: skip
+
+
 def _volumes(facts):
-    for key, fact in facts.iterrows():
+    for key, fact in facts[facts.voxels > 0].iterrows():
         low, high, known = _NORMAL_ML[key]
-        if fact.voxels == 0:
-            yield Finding("missing", key, f"No {_NAME[key]} was found: it may have been removed, lie outside the scan, or be missed;"
-                          " look at the scan.")  # fmt: skip
-        elif fact.edges:
+        if fact.edges:
             yield Finding("cut_off", key, f"The {_NAME[key]} reaches the edge of the scan ({fact.edges}), so that its {fact.ml:.0f} ml"
                           " are those of a part; do not use them as the organ's volume.")  # fmt: skip
         elif not low <= fact.ml <= high:
@@ -250,13 +254,16 @@ def check_segmentation(
     scan: Scan,
     taught: tuple[str, ...] = _ALL,  # keys of the organs that were looked for
     trained_spacing: tuple | None = None,  # (min, max) in mm along z, row and col in training; None if not known
+    facts: pd.DataFrame | None = None,  # what `organ_facts` gives, if it has been counted
 ) -> list[Finding]:
     "What is odd about a scan and its mask, first the scan; empty if nothing is."
-    facts = organ_facts(mask, scan)
+    facts = organ_facts(mask, scan) if facts is None else facts
     facts = facts[facts.index.isin(taught)]
+    if not scan.source.measured:
+        return [Finding("spacing", "", _NO_SPACING), *_scale(scan), *_missing(facts)]
     scale, outside = list(_scale(scan)), list(_outside(facts))
     found = [*_extent(scan), *_direction(scan), *_spacings(scan, trained_spacing), *scale, *([] if scale else _body(scan)), *outside]
     if not outside:
         sides = list(_order(facts))
-        found += [*_volumes(facts), *([] if scale else _densities(facts)), *sides, *([] if sides else _kidneys(mask, scan, taught))]
+        found += [*_missing(facts), *_volumes(facts), *([] if scale else _densities(facts)), *sides, *([] if sides else _kidneys(mask, scan, taught))]
     return found

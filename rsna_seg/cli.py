@@ -23,6 +23,7 @@ COMMANDS = {
     "score": "score masks that another tool has made, and write a report",
     "compare": "two models on the same patients, from their reports",
     "predict": "the organs of a scan, or of many: NIfTI, DICOM SEG, volumes, reports",
+    "export": "the model for other programs: ONNX, TorchScript, OpenVINO, Hugging Face hub",
 }
 
 

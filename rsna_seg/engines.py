@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .files import ConfigError
-from .loop import keep_memory
 from .model import as_input
 
 # %% ../nbs/33_engines.ipynb #204e212f
@@ -85,6 +85,8 @@ class TorchEngine:
         self.autocast = self.device.type != "cpu" and dtype != torch.float32
         self.model = fold_batchnorm(model).to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
+            from rsna_seg.loop import keep_memory
+
             keep_memory()  # else the pages of each batch's features are fetched anew
             self.model = self.model.to(dtype)
 
@@ -100,13 +102,24 @@ class TorchEngine:
             return forward_box(self.model, images if self.autocast else images.to(self.dtype), box)
 
 # %% ../nbs/33_engines.ipynb #1df26cbf
-def _part(logits, box):
-    "The box of a whole frame's logits."
-    return logits if box is None else logits[..., box[0] : box[1], box[2] : box[3]]
+@contextmanager
+def _graph(model, size):
+    "The network as an ONNX file that takes a box too; it is gone after the block."
+    from rsna_seg.export import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder) / "model.onnx", size, boxed=True)
+        yield Path(folder) / "model.onnx"
+
+
+def _inputs(images, box):
+    "What the graph is given."
+    rows, cols = images.shape[-2:]
+    return {"image": as_input(images).contiguous().numpy(), "box": np.array(box or (0, rows, 0, cols))}
 
 
 class OnnxEngine:
-    "The network in ONNX Runtime, float32, whole frames."
+    "The network in ONNX Runtime, float32."
 
     def __init__(
         self,
@@ -115,13 +128,10 @@ class OnnxEngine:
     ):
         import onnxruntime
 
-        from rsna_seg.export import export_onnx
-
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, Path(folder) / "model.onnx", size)
-            self.session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options, ["CPUExecutionProvider"])
+        with _graph(model, size) as path:
+            self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def __call__(
         self,
@@ -129,26 +139,23 @@ class OnnxEngine:
         box: tuple | None = None,  # from `grow_box`; the whole frame if not given
     ) -> torch.Tensor:  # float32, (batch, 6, rows of the box, columns of the box)
         "Logits of the box."
-        name = self.session.get_inputs()[0].name
-        return _part(torch.from_numpy(self.session.run(None, {name: as_input(images).contiguous().numpy()})[0]), box)
+        return torch.from_numpy(self.session.run(["logits"], _inputs(images, box))[0])
 
 
 class OpenvinoEngine:
-    "The network in OpenVINO, in the precision that it chooses, whole frames."
+    "The network in OpenVINO."
 
     def __init__(
         self,
         model: nn.Module,  # in eval mode
         size: int = 512,  # pixels along both sides of the slices
-        precision: str = "",  # "f32" or "bf16"; what OpenVINO finds best if empty
+        precision: str = "",  # "f32" or "bf16"; bf16 if empty and the processor has it
     ):
         import openvino
 
-        with torch.inference_mode():
-            example = as_input(torch.zeros((1, size, size), dtype=torch.uint8)).contiguous()
-            network = openvino.convert_model(model, example_input=example, input=[-1, 3, size, size])
         wishes = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), **({"INFERENCE_PRECISION_HINT": precision} if precision else {})}
-        self.compiled = openvino.compile_model(network, "CPU", wishes)
+        with _graph(model, size) as path:
+            self.compiled = openvino.Core().compile_model(path, "CPU", wishes)
 
     def __call__(
         self,
@@ -156,11 +163,11 @@ class OpenvinoEngine:
         box: tuple | None = None,  # from `grow_box`; the whole frame if not given
     ) -> torch.Tensor:  # float32, (batch, 6, rows of the box, columns of the box)
         "Logits of the box."
-        return _part(torch.from_numpy(np.array(self.compiled(as_input(images).contiguous().numpy())[0])), box)
+        return torch.from_numpy(np.array(self.compiled(_inputs(images, box))["logits"]))
 
 # %% ../nbs/33_engines.ipynb #f6443f8b
 ENGINES = ("torch-bf16", "torch", "openvino", "onnxruntime", "cuda")
-_PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
+_PACKAGES = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnxruntime", "onnx")}
 
 
 def _installed(name):
@@ -209,8 +216,8 @@ def pick_engine(
     "The name of the fastest engine on this computer, and the slices per second of those that were tried."
     if (device or "cuda").startswith("cuda") and torch.cuda.is_available():
         return "cuda", {}
-    names = ("torch-bf16", "torch") if has_bf16() else [n for n in ("torch", "openvino", "onnxruntime") if _installed(n)]
-    speeds = {name: measure_engine(make_engine(name, model, size), size) for name in names}
+    names = ("torch-bf16", "openvino") if has_bf16() else ("torch", "openvino", "onnxruntime")
+    speeds = {name: measure_engine(make_engine(name, model, size), size) for name in names if _installed(name)}
     return max(speeds, key=speeds.get), speeds
 
 # %% ../nbs/33_engines.ipynb #6dbbac5a

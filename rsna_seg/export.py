@@ -27,6 +27,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import save
 from torch import nn
 
+from .engines import forward_box
 from .files import ConfigError, whole_file
 from .model import ENCODER, Card, as_input, file_sha256, load_checkpoint
 from .organs import CLASSES
@@ -71,16 +72,31 @@ def export_torchscript(
 _AXES = {0: "batch", 2: "rows", 3: "cols"}
 
 
+class _Boxed(nn.Module):
+    "The network with a box as a second input."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image, box):
+        return forward_box(self.model, image, box)
+
+
 def export_onnx(
     model: nn.Module,
     path: str | Path,  # ends in .onnx; one file, weights included
     size: int = 512,  # rows and columns of the example that is traced, a multiple of 32; others work afterwards
+    boxed: bool = False,  # a second input `box`, int64 (4,) as `grow_box` gives it: the logits are those of the box
 ):
     "Writes the network as ONNX, opset 17; raises `ConfigError` without the package onnx."
     _need("onnx")
+    model, example = _still(model), {"image": torch.zeros(2, 3, size, size)}
+    if boxed:
+        model, example["box"] = _Boxed(model).eval(), torch.tensor([0, size, 0, size])
     with _tracing(), whole_file(path) as part:
-        torch.onnx.export(_still(model), (torch.zeros(2, 3, size, size),), str(part), dynamo=False, opset_version=17,
-                          input_names=["image"], output_names=["logits"], dynamic_axes={"image": _AXES, "logits": _AXES})  # fmt: skip
+        torch.onnx.export(model, tuple(example.values()), str(part), dynamo=False, opset_version=17, input_names=list(example),
+                          output_names=["logits"], dynamic_axes={"image": _AXES, "logits": _AXES})  # fmt: skip
 
 # %% ../nbs/34_export.ipynb #2a3cfe2d
 @contextmanager
@@ -264,10 +280,8 @@ def _without_folders(value):
     return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(value, str) else value
 
 
-def _hub_config(card):
-    "What smp needs to build the network, and the card."
-    return {"_model_class": "Unet", "encoder_name": ENCODER, "encoder_weights": None, "in_channels": 3, "classes": len(CLASSES),
-            "_card": vars(card)}  # fmt: skip
+_SMP = {"_model_class": "Unet", "encoder_name": ENCODER, "encoder_weights": None, "in_channels": 3, "classes": len(CLASSES)}
+_FILES = ["model.safetensors", "model.json", "config.json"]
 
 # %% ../nbs/34_export.ipynb #4a04a5f9
 _FLIPS = {
@@ -382,26 +396,18 @@ def save_pretrained(
     name: str | None = None,  # "owner/name" on the hub, for the page; the folder's own name if None
     license: str = "apache-2.0",  # of the weights, as the hub spells it
 ):
-    "Writes model.safetensors, config.json and README.md, each whole or not at all."
+    "Writes model.safetensors, model.json, config.json and README.md, each whole or not at all."
     model, card = load_checkpoint(checkpoint)
     folder = Path(folder)
     with whole_file(folder / "model.safetensors") as part:
         part.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, {"format": "pt"}))
         card = replace(card, sha256=file_sha256(part), config=_without_folders(card.config))
-    with whole_file(folder / "config.json") as part:
-        part.write_text(json.dumps(_hub_config(card), indent=2))
-    with whole_file(folder / "README.md") as part:
-        part.write_text(str(_hub_page(card, name or folder.name, license)), encoding="utf-8")
+    page = str(_hub_page(card, name or folder.name, license))
+    for file, text in (("model.json", json.dumps(vars(card), indent=2)), ("config.json", json.dumps(_SMP, indent=2)), ("README.md", page)):
+        with whole_file(folder / file) as part:
+            part.write_text(text, encoding="utf-8")
 
 # %% ../nbs/34_export.ipynb #e34d41e2
-def _read_hub_card(path):
-    "The card in a folder's config.json."
-    try:
-        return Card(**json.loads(path.read_text(encoding="utf-8"))["_card"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} holds no card of this project ({error!r}); give a folder that save_pretrained wrote.") from error
-
-
 def from_pretrained(
     name_or_folder: str | Path,  # a folder that `save_pretrained` wrote, or "owner/name" on the hub
     revision: str | None = None,  # branch, tag or commit on the hub
@@ -410,12 +416,13 @@ def from_pretrained(
     folder = Path(name_or_folder)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+            folder = Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=_FILES))
         except Exception as error:  # the hub's client raises those of its HTTP library too
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"{name_or_folder} is no folder here, and cannot be downloaded from the Hugging Face hub ({reason}).") from error
-    card = _read_hub_card(folder / "config.json")
-    return load_checkpoint(folder / "model.safetensors")[0], card
+    if missing := [file for file in _FILES if not (folder / file).exists()]:
+        raise ConfigError(f"{folder} has no {missing[0]}; give a folder that save_pretrained wrote.")
+    return load_checkpoint(folder / "model.safetensors")
 
 # %% ../nbs/34_export.ipynb #2551576a
 def push_to_hub(

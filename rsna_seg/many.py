@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .files import ConfigError, RsnaSegError, whole_file, writing
 from .inputs import opened, scan_table
 from .model import file_sha256
-from .outputs import OUTPUTS, save_segmentation
+from .outputs import OUTPUTS, check_outputs, save_segmentation
 from .predict import PredictConfig, Predictor
 
 # %% ../nbs/40_many.ipynb #c7feba33
@@ -74,6 +74,7 @@ def predict_one(
         predictor = _predictor(job)
         card = predictor.card
         with opened(row["path"], row["series"] or None, row["spacing"], card.level, card.width) as scan:
+            check_outputs(job.outputs, scan)
             result = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
             save_segmentation(result, out, job.outputs)
     except RsnaSegError as error:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file
@@ -124,6 +123,8 @@ def build_model(
     encoder_weights: str = "imagenet",  # "imagenet", "none" for random, or a file of the encoder's weights
 ) -> nn.Module:  # (batch, 3, row, col) float -> logits (batch, 6, row, col)
     "The U-Net with six classes; raises `ConfigError` if the weights cannot be had."
+    import segmentation_models_pytorch as smp  # takes a second: timm, and torchvision with all of its models
+
     model = smp.Unet(encoder_name=check_encoder(encoder), encoder_weights=None, in_channels=3, classes=len(CLASSES))
     if encoder_weights != "none":
         _load_encoder(model, imagenet_file() if encoder_weights == "imagenet" else Path(encoder_weights))
@@ -160,7 +161,9 @@ def marginal_logits(
 # %% ../nbs/02_model.ipynb #c8e0f0fe
 def _image_dice(logits, masks):
     "smp's Dice loss of each image by itself, averaged."
-    return torch.func.vmap(smp.losses.DiceLoss("multiclass"))(logits.unsqueeze(1), masks.unsqueeze(1)).mean()
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    return torch.func.vmap(DiceLoss("multiclass"))(logits.unsqueeze(1), masks.unsqueeze(1)).mean()
 
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
@@ -173,11 +176,13 @@ class SegLoss(nn.Module):
         labelled: list[str] = ALL_ORGANS,  # keys of the organs in the masks; the others stand as 0 there
         dice_over: Literal["batch", "image"] = "batch",  # one Dice of the whole batch, or the mean of each image's own
     ):
+        from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
+
         super().__init__()
         self.dice, self.focal, self.labelled = dice, focal, labelled
         self.kept = [c.id for c in CLASSES if c.key in ("background", *labelled)]
-        self.dice_loss = {"batch": smp.losses.DiceLoss("multiclass"), "image": _image_dice}[dice_over]
-        self.focal_loss = smp.losses.FocalLoss("multiclass")
+        self.dice_loss = {"batch": DiceLoss("multiclass"), "image": _image_dice}[dice_over]
+        self.focal_loss = FocalLoss("multiclass")
 
     def forward(
         self,

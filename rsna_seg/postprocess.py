@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.ndimage import find_objects, median_filter
-from scipy.stats import theilslopes
 
 from .files import ConfigError
 from .organs import ORGANS
@@ -67,6 +66,8 @@ def _on_line(columns, ranks, astray):
     found = np.isfinite(columns)
     if found.sum() < 3:
         return columns
+    from scipy.stats import theilslopes  # half a second
+
     slope, start, *_ = theilslopes(columns[found], ranks[found])
     return np.where(np.abs(columns - start - slope * ranks) > astray, np.nan, columns)
 

@@ -10,6 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +29,7 @@ from .inputs import opened
 from .model import ALL_ORGANS, file_sha256, load_checkpoint, marginal_logits
 from .organs import CLASSES, ORGANS, palette
 from .outputs import probability_file, save_segmentation
-from .plots import png_bytes, preview
 from .postprocess import PostprocessConfig, postprocess
-from .report import image_tag
 from .scan import Scan, save_nifti, to_square, window
 
 # %% ../nbs/06_predict.ipynb #b4d70ae1
@@ -62,18 +61,18 @@ class Segmentation:
     @property
     def organs(self):
         "A row for each organ, as `organ_facts` gives it; all missing if it was not looked for, ml if the scan has no spacing."
-        if "facts" not in vars(self):
-            table = organ_facts(self.mask, self.scan)
-            table = table[table.index.isin(self.taught)].reindex(table.index)
-            if not self.scan.source.measured:
-                table["ml"] = np.nan
-            vars(self)["facts"] = table  # counting takes seconds
-        return vars(self)["facts"].copy()
+        table = self._facts[self._facts.index.isin(self.taught)].reindex(self._facts.index)
+        return table if self.scan.source.measured else table.assign(ml=np.nan)
 
-    @property
+    @cached_property
+    def _facts(self):
+        return organ_facts(self.mask, self.scan)
+
+    @cached_property
     def findings(self):
         "What a person should look at, as `check_segmentation` tells it."
-        return check_segmentation(self.mask, self.scan, self.taught, self.trained_spacing or None)
+        trained = list(zip(*self.trained_spacing)) or None
+        return check_segmentation(self.mask, self.scan, self.taught, trained, self._facts)
 
     @property
     def notes(self):
@@ -90,9 +89,14 @@ class Segmentation:
 
     def figure(self):
         "Three planes and a mosaic of slices with the organs in colour."
+        from rsna_seg.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
+
         return preview(self.grey(), self.mask, self.scan.spacing)
 
     def _repr_html_(self):
+        from rsna_seg.plots import png_bytes
+        from rsna_seg.report import image_tag
+
         picture = image_tag(png_bytes(self.figure(), 160), "the scan with its organs in colour")
         shown = self.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)
         shown.index = [f"{o.name}" for o in ORGANS]

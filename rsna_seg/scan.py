@@ -24,7 +24,6 @@ from nibabel import orientations as orient
 from pydicom.encaps import generate_frames
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
-from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless, SecondaryCaptureImageStorage
 from rle import decode_pixel_data
 
@@ -622,28 +621,27 @@ def read_organ_masks(
     return mask
 
 # %% ../nbs/11_scan.ipynb #da773193
-_LEFT, _RIGHT = Code("7771000", "SCT", "Left"), Code("24028007", "SCT", "Right")
-_CODES = {  # of SNOMED CT, beside those of the organs themselves
-    **{Code(o.snomed, "SCT", o.name): o.id for o in ORGANS},
-    Code("30315005", "SCT", "Small intestine"): 5, Code("38848004", "SCT", "Duodenum"): 5,
-    Code("71854001", "SCT", "Colon"): 5, Code("14742008", "SCT", "Large intestine"): 5,
-}  # fmt: skip
-_KIDNEY = Code("64033007", "SCT", "Kidney")
+_LEFT, _RIGHT, _KIDNEY = "7771000", "24028007", "64033007"  # SNOMED CT
+_SMALL_INTESTINE, _DUODENUM, _COLON, _LARGE_INTESTINE = "30315005", "38848004", "71854001", "14742008"
+_CODES = {**{o.snomed: o.id for o in ORGANS}, _SMALL_INTESTINE: 5, _DUODENUM: 5, _COLON: 5, _LARGE_INTESTINE: 5}
 
 
 def _code(items):
-    "The code in a sequence of one, or None."
-    return Code(items[0].CodeValue, items[0].CodingSchemeDesignator, items[0].CodeMeaning) if items else None
+    "Which of SNOMED CT's numbers above a sequence of one means, in its old spelling too; None for others."
+    from pydicom.sr.coding import Code  # all of DICOM's codes: a sixth of a second
+
+    code = Code(items[0].CodeValue, items[0].CodingSchemeDesignator, items[0].CodeMeaning) if items else None
+    return next((number for number in (_KIDNEY, _LEFT, _RIGHT, *_CODES) if code == Code(number, "SCT", "")), None)
 
 
 def _segment_class(segment, labels, path):
     "The class of a segment by its label if the map lists it, else by its code; raises `ScanError` or `DataError`."
     kind = segment.get("SegmentedPropertyTypeCodeSequence")
     code = _code(kind)
-    side = code and _code(kind[0].get("SegmentedPropertyTypeModifierCodeSequence"))
+    side = _code(kind[0].get("SegmentedPropertyTypeModifierCodeSequence")) if code == _KIDNEY else None
     if code == _KIDNEY and side in (_LEFT, _RIGHT):
         return 3 if side == _LEFT else 4
-    known = next((c for listed, c in _CODES.items() if code == listed), None)
+    known = _CODES.get(code)
     return labels.class_of(segment.SegmentLabel, path) if known is None else known
 
 # %% ../nbs/11_scan.ipynb #c655c05c
