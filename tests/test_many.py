@@ -141,13 +141,34 @@ def test_other_settings_are_done_anew(what, job, scans, read):
 
 def test_other_weights_are_done_anew(job, scans, read, net, tmp_path):
     "Told by what is in the file, not by its name."
-    path = tmp_path / "net.pth"
+    path, masks = tmp_path / "net.pth", []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         save_checkpoint(build_model(encoder_weights="none").eval(), path, Card(size=64))
-        many._LATEST.clear()
         predict_many(replace(job, checkpoints=(str(path),)), scans / "ann.nii")
-    assert read == ["ann", "ann"]
+        masks.append((Path(job.out) / "ann" / "organs.nii.gz").read_bytes())
+    assert read == ["ann", "ann"] and masks[0] == masks[1] != masks[2]
+
+
+def test_a_scan_that_is_being_made_anew_is_not_done(job, scans, read, monkeypatch):
+    "Stopped while its files are written for other settings, it is none of the first settings' either."
+    predict_many(job, scans / "ann.nii")
+    with monkeypatch.context() as patch:
+        patch.setattr(many, "save_segmentation", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            predict_many(replace(job, config=PredictConfig("torch", crop=False)), scans / "ann.nii")
+    predict_many(job, scans / "ann.nii")
+    assert read == ["ann"] * 3
+
+
+@pytest.mark.parametrize("rank, asked, given", [("0", None, "cuda:0"), ("3", None, "cuda:1"), ("1", "cpu", "cpu"), (None, None, None)])
+def test_each_process_has_its_own_gpu(monkeypatch, rank, asked, given):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert many._own_device(PredictConfig(device=asked)).device == given
 
 
 def test_a_table_of_scans(job, scans, tmp_path, read, capsys):
