@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pandas as pd
+import torch
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
@@ -34,30 +36,43 @@ class Job:
     probabilities: bool = False  # write probabilities.h5 too
 
     def fingerprint(self):
-        "Changes with whatever changes the files."
+        "Changes with the weights and with the settings that change the files."
         weights = [file_sha256(path) for path in self.checkpoints]
         settings = [repr(self.config.postprocess), self.config.views, self.config.crop, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()
 
 
-_LATEST = {}  # of this process: the job's checkpoints and settings, and its predictor
+_LATEST = {}  # of this process: the job and its fingerprint, and its predictor
 
 
-def _predictor(job):
+def _own_device(config):
+    "The settings with a GPU for each process of `accelerate launch` or `torchrun`."
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or config.device or not torch.cuda.is_available():
+        return config
+    return replace(config, device=f"cuda:{int(rank) % torch.cuda.device_count()}")
+
+
+def _predictor(job, fingerprint):
     "One for all scans of a job."
-    key = job.checkpoints, job.config
+    key = job.checkpoints, job.config, fingerprint
     if _LATEST.get("key") != key:
-        _LATEST.update(key=key, predictor=Predictor(list(job.checkpoints), job.config))
+        _LATEST.update(key=key, predictor=Predictor(list(job.checkpoints), _own_device(job.config)))
     return _LATEST["predictor"]
 
 
-def _done(out, fingerprint):
+def _made_of(row, fingerprint):
+    "What a scan's folder is made of, for its `done.json`: the scan, and the job."
+    return [fingerprint, str(Path(row["path"]).absolute()), row["series"], list(row["spacing"] or ())]
+
+
+def _done(out, made_of):
     "The volumes of a finished scan, or None."
     try:
         stored = json.loads((out / "done.json").read_text())
-    except (OSError, ValueError):
+        return stored["rows"] if stored["made_of"] == made_of else None
+    except (OSError, ValueError, KeyError):
         return None
-    return stored["rows"] if stored["fingerprint"] == fingerprint else None
 
 
 def predict_one(
@@ -66,40 +81,51 @@ def predict_one(
     fingerprint: str,  # of the job
 ) -> dict:  # name, rows (of volumes.csv), reason (why there are none)
     "Segments a scan into its folder, or says why not; a scan that is done is not read again."
-    out = Path(job.out) / row["name"]
-    rows = _done(out, fingerprint)
+    out, made_of = Path(job.out) / row["name"], _made_of(row, fingerprint)
+    rows = _done(out, made_of)
     if rows is not None:
         return {"name": row["name"], "rows": rows, "reason": ""}
     try:
-        predictor = _predictor(job)
+        predictor = _predictor(job, fingerprint)
         card = predictor.card
-        with opened(row["path"], row["series"] or None, row["spacing"], card.level, card.width) as scan:
+        with opened(row["path"], row["series"] or None, row["spacing"], card.level, card.width) as scan, writing(out):
             check_outputs(job.outputs, scan)
+            (out / "done.json").unlink(missing_ok=True)
             result = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
             save_segmentation(result, out, job.outputs)
+            rows = json.loads(result.organs.reset_index().to_json(orient="records", double_precision=3))
+            with whole_file(out / "done.json") as part:
+                part.write_text(json.dumps({"made_of": made_of, "rows": rows}))
     except RsnaSegError as error:
         return {"name": row["name"], "rows": [], "reason": str(error)}
-    rows = json.loads(result.organs.reset_index().to_json(orient="records", double_precision=3))
-    with writing(out), whole_file(out / "done.json") as part:
-        part.write_text(json.dumps({"fingerprint": fingerprint, "rows": rows}))
     return {"name": row["name"], "rows": rows, "reason": ""}
 
 # %% ../nbs/40_many.ipynb #06d87739
-def _share(rows):
-    "Of several processes of `accelerate launch` or `torchrun`, this one's rows."
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    return rows[rank::world]
+def _processes():
+    "Of `accelerate launch` or `torchrun`: how many there are, and which one this is."
+    return int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+
+def _of_all(out, results):
+    "The results of all processes that have ended, in order of the scans."
+    world, rank = _processes()
+    if world == 1:
+        return results
+    shares = [out / ".shares" / f"{k}-of-{world}.json" for k in range(world)]
+    with whole_file(shares[rank]) as part:
+        part.write_text(json.dumps(results))
+    read = [json.loads(path.read_text()) if path.exists() else [] for path in shares]
+    return [result for turn in zip_longest(*read) for result in turn if result]
 
 
 def _tables(out, results):
-    "Writes volumes.csv and failed.csv of what is there."
-    volumes = pd.DataFrame([{"scan": r["name"], **organ} for r in results for organ in r["rows"]])
-    failed = pd.DataFrame([{"scan": r["name"], "reason": r["reason"]} for r in results if r["reason"]], columns=["scan", "reason"])
-    rank = int(os.environ.get("RANK", 0))
-    part = f"-{rank}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    "Writes volumes.csv and failed.csv of what is there; of several processes the last one to end has it all."
     with writing(out):
+        results = _of_all(out, results)
+        volumes = pd.DataFrame([{"scan": r["name"], **organ} for r in results for organ in r["rows"]])
+        failed = pd.DataFrame([{"scan": r["name"], "reason": r["reason"]} for r in results if r["reason"]], columns=["scan", "reason"])
         for name, table in (("volumes", volumes), ("failed", failed)):
-            with whole_file(out / f"{name}{part}.csv") as file:
+            with whole_file(out / f"{name}.csv") as file:
                 table.to_csv(file, index=False)
     return volumes, failed
 
@@ -112,7 +138,8 @@ def predict_many(
     "Segments scans into a folder each; run again, it does what is missing. Raises `DataError` if there is no scan."
     if unknown := [name for name in job.outputs if name not in OUTPUTS]:
         raise ConfigError(f"There is no output {unknown[0]}; choose from {', '.join(OUTPUTS)}.")
-    rows, fingerprint = _share(scan_table(source).to_dict(orient="records")), job.fingerprint()
+    world, rank = _processes()
+    rows, fingerprint = scan_table(source).to_dict(orient="records")[rank::world], job.fingerprint()
     work = Parallel(n_jobs=jobs, return_as="generator")(delayed(predict_one)(job, row, fingerprint) for row in rows)
     results = []
     for result in tqdm(work, total=len(rows), desc="scans", unit="scan"):

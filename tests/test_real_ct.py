@@ -14,7 +14,7 @@ from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.files import ScanError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.metrics import volume_dice
-from rsna_seg.model import as_input
+from rsna_seg.model import as_input, load_checkpoint
 from rsna_seg.predict import Predictor, save_segmentation
 from rsna_seg.scan import read_mask, read_scan, to_square, window
 from rsna_seg.train import TrainConfig, train
@@ -90,7 +90,7 @@ def test_overfit_one_torso(real_ct, overfit, tmp_path):
     scan = read_scan(source / "ct.nii.gz")
     truth = read_mask(source / "segmentation.nii.gz", scan)
     result = Predictor(overfit / "best_mobilenet_rsna_refined.pth")(source / "ct.nii.gz")
-    path = save_segmentation(result, tmp_path)
+    path = save_segmentation(result, tmp_path, ("nifti",)) / "organs.nii.gz"
     written, original = nib.load(path), nib.load(source / "ct.nii.gz")
     np.testing.assert_array_equal(written.affine, original.affine)
     assert written.shape == original.shape
@@ -107,7 +107,7 @@ def test_orientation_of_the_file_does_not_matter(real_ct, overfit, tmp_path):
     for axes in ("RAS", "LPS", "LAS", "LAI"):
         turned = image.as_reoriented(ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(axes)))
         nib.save(turned, tmp_path / f"{axes}.nii.gz")
-        path = save_segmentation(predictor(tmp_path / f"{axes}.nii.gz"), tmp_path / axes)
+        path = save_segmentation(predictor(tmp_path / f"{axes}.nii.gz"), tmp_path / axes, ("nifti",)) / "organs.nii.gz"
         mask = nib.load(path)
         assert "".join(nib.aff2axcodes(mask.affine)) == axes
         np.testing.assert_array_equal(mask.affine, turned.affine)
