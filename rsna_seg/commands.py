@@ -262,9 +262,10 @@ class Predict:
         checkpoints = self.checkpoint, *self.also
         if self.series is None and not is_one_scan(self.scan):
             job = Job(tuple(map(str, checkpoints)), str(self.out), self.config, self.outputs, self.probabilities)
-            volumes, failed = predict_many(job, self.scan, self.jobs)
+            volumes, findings, failed = predict_many(job, self.scan, self.jobs)
             scans = volumes.scan.nunique() if len(volumes) else 0
-            print(f"{scans} scans segmented, {len(failed)} left out; {self.out / 'volumes.csv'}")
+            print(f"{scans} scans segmented, {len(failed)} left out: {self.out / 'volumes.csv'}")
+            print(f"{len(findings)} findings in {findings.scan.nunique()} of them, to be looked at: {self.out / 'findings.csv'}")
             return int(len(failed) > 0)
         predictor = Predictor(list(checkpoints), self.config)
         print(predictor)

@@ -67,10 +67,10 @@ def _made_of(row, fingerprint):
 
 
 def _done(out, made_of):
-    "The volumes of a finished scan, or None."
+    "Volumes and findings of a finished scan, or None."
     try:
         stored = json.loads((out / "done.json").read_text())
-        return stored["rows"] if stored["made_of"] == made_of else None
+        return {key: stored[key] for key in ("rows", "findings")} if stored["made_of"] == made_of else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -79,12 +79,11 @@ def predict_one(
     job: Job,
     row: dict,  # of `scan_table`: name, path, series, spacing
     fingerprint: str,  # of the job
-) -> dict:  # name, rows (of volumes.csv), reason (why there are none)
+) -> dict:  # name, rows (of volumes.csv), findings, reason (why there are none)
     "Segments a scan into its folder, or says why not; a scan that is done is not read again."
     out, made_of = Path(job.out) / row["name"], _made_of(row, fingerprint)
-    rows = _done(out, made_of)
-    if rows is not None:
-        return {"name": row["name"], "rows": rows, "reason": ""}
+    if found := _done(out, made_of):
+        return {"name": row["name"], **found, "reason": ""}
     try:
         predictor = _predictor(job, fingerprint)
         card = predictor.card
@@ -94,11 +93,12 @@ def predict_one(
             result = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
             save_segmentation(result, out, job.outputs)
             rows = json.loads(result.organs.reset_index().to_json(orient="records", double_precision=3))
+            found = {"rows": rows, "findings": [vars(f) for f in result.findings]}
             with whole_file(out / "done.json") as part:
-                part.write_text(json.dumps({"made_of": made_of, "rows": rows}))
+                part.write_text(json.dumps({"made_of": made_of, **found}))
     except RsnaSegError as error:
-        return {"name": row["name"], "rows": [], "reason": str(error)}
-    return {"name": row["name"], "rows": rows, "reason": ""}
+        return {"name": row["name"], "rows": [], "findings": [], "reason": str(error)}
+    return {"name": row["name"], **found, "reason": ""}
 
 # %% ../nbs/40_many.ipynb #06d87739
 def _processes():
@@ -119,22 +119,23 @@ def _of_all(out, results):
 
 
 def _tables(out, results):
-    "Writes volumes.csv and failed.csv of what is there; of several processes the last one to end has it all."
+    "Writes volumes.csv, findings.csv and failed.csv; of several processes the last one to end has it all."
     with writing(out):
         results = _of_all(out, results)
         volumes = pd.DataFrame([{"scan": r["name"], **organ} for r in results for organ in r["rows"]])
+        findings = pd.DataFrame([{"scan": r["name"], **f} for r in results for f in r["findings"]], columns=["scan", "kind", "organ", "text"])
         failed = pd.DataFrame([{"scan": r["name"], "reason": r["reason"]} for r in results if r["reason"]], columns=["scan", "reason"])
-        for name, table in (("volumes", volumes), ("failed", failed)):
+        for name, table in (("volumes", volumes), ("findings", findings), ("failed", failed)):
             with whole_file(out / f"{name}.csv") as file:
                 table.to_csv(file, index=False)
-    return volumes, failed
+    return volumes, findings, failed
 
 
 def predict_many(
     job: Job,
     source: str | Path,  # a folder of scans, or a CSV with the column path and, if need be, name, series, spacing
     jobs: int | None = 1,  # processes; None: as `joblib.parallel_config` says
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row a scan and organ; a row for each scan that failed, with its reason
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # a row a scan and organ; a row a finding; a row a scan that failed, with its reason
     "Segments scans into a folder each; run again, it does what is missing. Raises `DataError` if there is no scan."
     if unknown := [name for name in job.outputs if name not in OUTPUTS]:
         raise ConfigError(f"There is no output {unknown[0]}; choose from {', '.join(OUTPUTS)}.")

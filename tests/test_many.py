@@ -95,11 +95,12 @@ def check_tables(out):
 
 
 def test_one_broken_scan_does_not_stop_the_others(job, scans, capsys):
-    volumes, failed = predict_many(job, scans)
+    volumes, findings, failed = predict_many(job, scans)
     assert "left out: broken: " in capsys.readouterr().err
     told, also = check_tables(Path(job.out))
     assert len(told) == len(volumes) and also.equals(failed.reset_index(drop=True))
     assert volumes.ml.sum() > 0
+    assert findings.equals(pd.read_csv(Path(job.out) / "findings.csv", keep_default_na=False)) and set(findings.scan) == set(NAMES)
     for name in NAMES:
         assert sorted(p.name for p in (Path(job.out) / name).iterdir()) == FILES
     assert not (Path(job.out) / "broken").exists()
