@@ -12,6 +12,8 @@ from pathlib import Path
 import cv2
 import nibabel as nib
 import numpy as np
+import onnxruntime
+import openvino
 import pydicom
 import segmentation_models_pytorch as smp
 import torch
@@ -19,7 +21,7 @@ from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
 from rsna_seg.demo import DemoConfig, demo
-from rsna_seg.engines import OnnxEngine, OpenvinoEngine
+from rsna_seg.export import export_onnx
 from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
 from rsna_seg.organs import CLASSES
 from rsna_seg.outputs import save_segmentation
@@ -90,9 +92,18 @@ def snippet(checkpoint):
     return infer
 
 
-def whole_frames(engine):
-    "A peer's runtime on full frames: bytes in, `argmax` out."
-    return lambda grey: engine(torch.from_numpy(np.rint(grey * 255).astype(np.uint8))).argmax(1).numpy()
+def runtime(way, checkpoint):
+    "A peer's runtime on full frames, with the graph that PyTorch's exporter writes: bytes in, `argmax` out."
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(load_checkpoint(checkpoint)[0], path, SIZE)
+        if way == ONNX:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            run = lambda image: session.run(["logits"], {"image": image})[0]
+        else:
+            network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            run = lambda image: network({"image": image})["logits"]
+    return lambda grey: torch.from_numpy(run(np.repeat(grey[:, None] * 2 - 1, 3, axis=1))).argmax(1).numpy()
 
 
 def ours(checkpoint):
@@ -104,11 +115,7 @@ def ours(checkpoint):
 
 def peer(way, checkpoint):
     "The tutorial's path with one of the others' networks."
-    if way == SNIPPET:
-        infer = snippet(checkpoint)
-    else:
-        model = load_checkpoint(checkpoint)[0]
-        infer = whole_frames(OnnxEngine(model, SIZE) if way == ONNX else OpenvinoEngine(model, SIZE, "f32"))
+    infer = snippet(checkpoint) if way == SNIPPET else runtime(way, checkpoint)
     return lambda series, out: tutorial(series, out, infer)
 
 
@@ -117,7 +124,6 @@ _WAY = {}  # of this process
 
 def begin(way, checkpoint):
     "Makes a process ready for one way."
-    os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
     _WAY["run"] = ours(checkpoint) if way == OURS else peer(way, checkpoint)
 
@@ -152,6 +158,7 @@ def about(name, series, limit, speed, checkpoint):
 def main():
     "Writes the scans, times all ways in turn, each in a process of its own, and reports."
     args = arguments()
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes too
     rounds, slices = (1, 24) if args.quick else (ROUNDS, args.slices)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
