@@ -216,7 +216,7 @@ class OpenvinoEngine:
         box: tuple | None = None,  # from `grow_box`; the whole frame if not given
     ) -> torch.Tensor:  # float32, (batch, 6, rows of the box, columns of the box)
         "Logits of the box."
-        return torch.from_numpy(np.array(self.compiled(_inputs(images, box))["logits"]))
+        return torch.from_numpy(self.compiled(_inputs(images, box), share_outputs=False)["logits"])
 
 # %% ../nbs/33_engines.ipynb #f6443f8b
 ENGINES = ("torch-bf16", "torch", "openvino", "onnxruntime", "cuda")
@@ -278,9 +278,9 @@ def logits_to_classes(
     logits: torch.Tensor,  # (batch, 6, row, col), any floating type
 ) -> torch.Tensor:  # uint8, (batch, row, col), on the processor
     "The class with the largest logit, as `argmax` finds it."
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or logits.is_contiguous(memory_format=torch.channels_last):
         return logits.argmax(1).to(torch.uint8).cpu()
-    best, *others = logits.transpose(0, 1).contiguous().unbind(0)
+    best, *others = logits.unbind(1)
     classes = torch.zeros(best.shape, dtype=torch.uint8)
     for number, plane in enumerate(others, start=1):
         classes.masked_fill_(plane > best, number)
