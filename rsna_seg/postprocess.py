@@ -229,10 +229,10 @@ def postprocess(
     mask: np.ndarray,  # class ids, uint8, (z, row, col), on the scan's grid; is not changed
     scan: Scan,
     config: PostprocessConfig = PostprocessConfig(),
-) -> tuple[np.ndarray, pd.DataFrame]:  # the new mask; step, organ, pieces and ml that were renamed, removed or filled
+) -> tuple[np.ndarray, pd.DataFrame]:  # a new mask, the old one if no step is on; step, organ, pieces and ml that were renamed, removed or filled
     "The mask after the steps that are on, and what each of them changed, organ by organ."
-    mask, rows = np.array(mask, order="C"), []
     on = {"sides": config.sides, "largest": config.largest, "min_piece": config.min_piece_ml > 0, "fill_holes": config.fill_holes}
+    mask, rows = np.array(mask, order="C") if any(on.values()) else mask, []
     for name, step in _STEPS.items():
         if on[name]:
             rows += [{"step": name, **change} for change in step(mask, scan, config)]

@@ -47,6 +47,16 @@ def from_square(
     return logits[..., top : top + rows, left : left + cols]
 
 # %% ../nbs/06_predict.ipynb #5c162f17
+class _Windowed:
+    "A volume through a window, as far as it is looked at."
+
+    def __init__(self, hu, level, width):
+        self.hu, self.window = hu, (level, width)
+
+    def __getitem__(self, where):
+        return window(self.hu[where], *self.window)
+
+
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "The organs of a scan."
@@ -92,7 +102,7 @@ class Segmentation:
         "Three planes and a mosaic of slices with the organs in colour."
         from rsna_seg.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
 
-        return preview(self.grey(), self.mask, self.scan.spacing)
+        return preview(_Windowed(self.scan.hu, self.level, self.width), self.mask, self.scan.spacing)
 
     def _repr_html_(self):
         from rsna_seg.plots import png_bytes
