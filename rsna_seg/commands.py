@@ -302,7 +302,7 @@ class Export:
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # a folder
     formats: tuple[Literal["onnx", "torchscript", "openvino", "huggingface"], ...] = ("onnx", "torchscript", "openvino", "huggingface")  # what to write
     scan: Path | None = None  # a CT to compare on; a phantom if not given
-    int8: Path | None = None  # a dataset folder: OpenVINO with the decoder in 8 bits too, fitted to training slices
+    int8: Path | None = None  # a dataset folder: also a graph with the decoder in 8 bits, fitted to its training slices, beside the checkpoint
     push: str | None = None  # OWNER/NAME on the Hugging Face hub, to be made and filled; private
 
     def run(self):
@@ -317,8 +317,9 @@ class Export:
             print(f"folder for the hub: {self.out / 'huggingface'}")
         if self.int8:
             slices = SliceDataset(open_data(self.int8), "train", card.size, channels=card.channels)
-            export_int8(model, self.out / f"{self.checkpoint.stem}.int8.xml", np.stack([slices[i][0].numpy() for i in _some(len(slices), _CALIBRATION)]), card.size)
-            print(f"decoder in 8 bits: {self.out / self.checkpoint.stem}.int8.xml")
+            path = self.checkpoint.with_suffix(".int8.xml")
+            export_int8(model, path, np.stack([slices[i][0].numpy() for i in _some(len(slices), _CALIBRATION)]), card.size)
+            print(f"for rsna_seg predict --engine int8: {path}")
         if self.push:
             print(f"uploaded: {push_to_hub(self.checkpoint, self.push)}")
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['REACH', 'ENGINES', 'fold_batchnorm', 'fold_upsampling', 'grow_box', 'forward_box', 'has_bf16', 'TorchEngine',
-           'OnnxEngine', 'OpenvinoEngine', 'make_engine', 'measure_engine', 'pick_engine', 'logits_to_classes']
+           'weights_digest', 'OnnxEngine', 'OpenvinoEngine', 'make_engine', 'measure_engine', 'pick_engine',
+           'logits_to_classes']
 
 # %% ../nbs/33_engines.ipynb #c089c3e1
 import copy
+import hashlib
 import importlib.util
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,16 @@ def _graph(model, size):
         yield Path(folder) / "model.onnx"
 
 
+def weights_digest(
+    model: nn.Module,
+) -> str:
+    "SHA-256 of a network's weights: whether a graph was made from them."
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().contiguous().cpu().numpy())
+    return digest.hexdigest()
+
+
 def _inputs(images, box):
     "What the graph is given."
     rows, cols = images.shape[-2:]
@@ -203,12 +215,16 @@ class OpenvinoEngine:
         model: nn.Module,  # in eval mode
         size: int = 512,  # pixels along both sides of the slices
         precision: str = "",  # "f32" or "bf16"; bf16 if empty and the processor has it
+        int8: str | Path | None = None,  # a graph of these weights that `export_int8` wrote, ends in .xml
     ):
         import openvino
 
         wishes = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), **({"INFERENCE_PRECISION_HINT": precision} if precision else {})}
-        with _graph(model, size) as path:
-            self.compiled = openvino.Core().compile_model(path, "CPU", wishes)
+        with nullcontext(int8) if int8 else _graph(model, size) as path:
+            network = openvino.Core().read_model(path)
+            if int8 and (not network.has_rt_info("weights") or network.get_rt_info("weights").astype(str) != weights_digest(model)):
+                raise ConfigError(f"{int8} was not made from these weights; make it anew with rsna_seg export --int8.")
+            self.compiled = openvino.Core().compile_model(network, "CPU", wishes)
 
     def __call__(
         self,
@@ -219,8 +235,8 @@ class OpenvinoEngine:
         return torch.from_numpy(self.compiled(_inputs(images, box), share_outputs=False)["logits"])
 
 # %% ../nbs/33_engines.ipynb #f6443f8b
-ENGINES = ("torch-bf16", "torch", "openvino", "onnxruntime", "cuda")
-_PACKAGES = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnxruntime", "onnx")}
+ENGINES = ("torch-bf16", "torch", "openvino", "onnxruntime", "int8", "cuda")
+_PACKAGES = {"openvino": ("openvino", "onnx"), "int8": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}
 
 
 def _installed(name):
@@ -232,6 +248,7 @@ def make_engine(
     model: nn.Module,  # in eval mode
     size: int = 512,  # pixels along both sides of the slices
     device: str | None = None,  # for PyTorch's: where; "cuda" or "cpu" if not given
+    int8: str | Path | None = None,  # for int8: the graph that `export_int8` wrote
 ):
     "The engine of that name; raises `ConfigError` if this computer cannot run it."
     if name not in ENGINES:
@@ -244,7 +261,9 @@ def make_engine(
         return TorchEngine(model, device or "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if name.startswith("torch"):
         return TorchEngine(model, device or "cpu", torch.bfloat16 if name == "torch-bf16" else torch.float32)
-    return OnnxEngine(model, size) if name == "onnxruntime" else OpenvinoEngine(model, size)
+    if name == "int8" and not (int8 and Path(int8).exists()):
+        raise ConfigError(f"The engine int8 needs {int8 or 'a graph'}: make it with rsna_seg export CHECKPOINT OUT --int8 DATA, or choose another engine.")
+    return OnnxEngine(model, size) if name == "onnxruntime" else OpenvinoEngine(model, size, int8=int8 if name == "int8" else None)
 
 # %% ../nbs/33_engines.ipynb #3838bafb
 def measure_engine(

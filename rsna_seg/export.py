@@ -27,7 +27,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import save
 from torch import nn
 
-from .engines import forward_box
+from .engines import fold_batchnorm, fold_upsampling, forward_box, weights_digest
 from .files import ConfigError, whole_file
 from .model import ENCODER, Card, as_input, file_sha256, load_checkpoint
 from .organs import CLASSES
@@ -100,13 +100,13 @@ def export_onnx(
 
 # %% ../nbs/34_export.ipynb #2a3cfe2d
 @contextmanager
-def _openvino_network(model, size):
+def _openvino_network(model, size, boxed=False):
     "The network as OpenVINO reads it; its weights lie in a file that goes with the block."
     _need("onnx", "openvino")
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder) / "net.onnx", size)
+        export_onnx(model, Path(folder) / "net.onnx", size, boxed)
         yield openvino.Core().read_model(Path(folder) / "net.onnx")
 
 
@@ -263,11 +263,15 @@ def export_int8(
     images: np.ndarray,  # training slices to calibrate on, uint8, windowed, (n, rows, cols) or (n, 3, rows, cols); 64 do
     size: int = 512,
 ):
-    "Writes OpenVINO's two files with the decoder in int8; raises `ConfigError` without onnx, openvino and nncf."
-    slices = [as_input(torch.from_numpy(image[None])).numpy() for image in _check_images(images)]
-    with _openvino_network(model, size) as network, _quiet_nncf() as nncf:
+    "Writes the graph of the engine int8, which takes a box as second input; raises `ConfigError` without onnx, openvino and nncf."
+    images = _check_images(images)
+    box = np.array([0, images.shape[-2], 0, images.shape[-1]])
+    slices = [{"image": as_input(torch.from_numpy(image[None])).numpy(), "box": box} for image in images]
+    folded = fold_upsampling(fold_batchnorm(_still(model)))
+    with _openvino_network(folded, size, boxed=True) as network, _quiet_nncf() as nncf:
         encoder = nncf.IgnoredScope(patterns=[".*/encoder/.*"])
         eight = nncf.quantize(network, nncf.Dataset(slices), subset_size=len(slices), preset=nncf.QuantizationPreset.MIXED, ignored_scope=encoder)
+        eight.set_rt_info(weights_digest(model), "weights")
         _save_openvino(eight, path)
 
 # %% ../nbs/34_export.ipynb #9c55064c

@@ -118,7 +118,7 @@ class Segmentation:
 @dataclass(frozen=True)
 class PredictConfig:
     "How scans are segmented."
-    engine: Literal["auto", "torch-bf16", "torch", "openvino", "onnxruntime", "cuda"] = "auto"  # auto: the fastest of those installed, measured here
+    engine: Literal["auto", "torch-bf16", "torch", "openvino", "onnxruntime", "int8", "cuda"] = "auto"  # auto: the fastest of those installed, measured here, but for int8
     device: str | None = None  # cuda, cuda:1, cpu ...; the GPU if there is one
     batch_size: int = 4  # slices at once
     crop: bool = True  # leave out air and table around the body, and slices without a body
@@ -177,7 +177,7 @@ class Predictor:
         self.engine, self.speeds = config.engine, {}
         if config.engine == "auto":
             self.engine, self.speeds = pick_engine(loaded[0][0], self.card.size, config.device)
-        self.engines = [make_engine(self.engine, model, self.card.size, config.device) for model, _ in loaded]
+        self.engines = [make_engine(self.engine, model, self.card.size, config.device, path.with_suffix(".int8.xml")) for path, (model, _) in zip(self.paths, loaded)]
         self.device = getattr(self.engines[0], "device", torch.device("cpu"))
 
     def __repr__(self):
