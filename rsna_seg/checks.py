@@ -139,7 +139,7 @@ _NO_SPACING = "How far slices, rows and columns are apart is not known, so that 
 def _spacings(scan, trained):
     ours = (float(np.median(np.diff(scan.positions))) if len(scan.positions) > 1 else scan.spacing[0], *scan.spacing[1:])
     leeway, whose = (_LEEWAY, "in training") if trained else (1.0, "are usual")
-    odd = [f"{name} are {mm:.2f} mm apart ({low:g} to {high:g} {whose})"
+    odd = [f"{name} are {mm:.2f} mm apart ({low:.3g} to {high:.3g} {whose})"
            for name, mm, (low, high) in zip(("slices", "rows", "columns"), ours, trained or _SPACING)
            if not low / leeway <= mm <= high * leeway]  # fmt: skip
     if odd:

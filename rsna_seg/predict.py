@@ -108,7 +108,7 @@ class Segmentation:
         from rsna_seg.plots import png_bytes
         from rsna_seg.report import image_tag
 
-        picture = image_tag(png_bytes(self.figure(), 110), "the scan with its organs in colour")
+        picture = image_tag(png_bytes(self.figure(), 160), "the scan with its organs in colour")
         shown = self.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)
         shown.index = [f"{o.name}" for o in ORGANS]
         told = Markup("").join(Markup("<li>{}</li>").format(text) for text in [*(f.text for f in self.findings), *self.notes])
