@@ -38,7 +38,7 @@ class Job:
     def fingerprint(self):
         "Changes with the weights and with the settings that change the files."
         weights = [file_sha256(path) for path in self.checkpoints]
-        settings = [repr(self.config.postprocess), self.config.views, self.config.crop, sorted(self.outputs), self.probabilities]
+        settings = [self.config.engine, repr(self.config.postprocess), self.config.views, self.config.crop, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 from rsna_seg import export
+from rsna_seg.commands import parse
 from rsna_seg.engines import TorchEngine, make_engine
 from rsna_seg.files import ConfigError
 from rsna_seg.model import Card, as_input, build_model, file_sha256, load_checkpoint, save_checkpoint
@@ -159,6 +160,14 @@ def test_int8_decoder(checkpoint, needed, tmp_path, capfd):
         make_engine("int8", build_model(encoder_weights="none"), 64, int8=tmp_path / "net.int8.xml")
     with pytest.raises(ConfigError, match="--int8 DATA"):
         make_engine("int8", model, 64, int8=tmp_path / "other.int8.xml")
+
+
+def test_the_command(checkpoint, tmp_path, capsys):
+    "Writes what is asked for and nothing else, says how alike it is, and the hub's folder is a checkpoint."
+    parse("export", [checkpoint, tmp_path, "--formats", "torchscript", "huggingface"]).run()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["huggingface", f"{checkpoint.stem}.json", f"{checkpoint.stem}.ts.pt"]
+    assert "torchscript" in capsys.readouterr().out
+    assert same(load_checkpoint(tmp_path / "huggingface" / "model.safetensors")[0], checkpoint)
 
 
 @pytest.fixture(scope="module")

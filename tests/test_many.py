@@ -123,6 +123,7 @@ def test_what_is_done_is_not_read_again(job, scans, read):
 
 
 CHANGES = {
+    "engine": {"config": PredictConfig("torch-bf16")},
     "post-processing": {"config": PredictConfig("torch", postprocess=PostprocessConfig(largest=True))},
     "views": {"config": PredictConfig("torch", views=True)},
     "crop": {"config": PredictConfig("torch", crop=False)},
