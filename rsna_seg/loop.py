@@ -11,10 +11,12 @@ __all__ = ['pick_precision', 'keep_memory', 'start_accelerator', 'peak_memory', 
 import copy
 import ctypes
 import math
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,6 +72,8 @@ def peak_memory(
     "The most memory that was in use so far, in GB: of the GPU, or of this process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss begins with that of the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
     import resource  # Windows does not have it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

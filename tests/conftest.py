@@ -1,8 +1,10 @@
-"Real CT for the tests that want it, and the names of the markers."
+"What tests of several files share: real CT, a browser, one thread, and the names of the markers."
 
 from pathlib import Path
 
 import pytest
+import torch
+from browser import chromium
 
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -27,3 +29,19 @@ def no_network(tmp_path_factory):
     patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "PyTorch adds up in one order, so that the same input gives the same numbers; small pictures gain nothing from more threads."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium."
+    with chromium() as browser:
+        yield browser

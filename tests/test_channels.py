@@ -20,19 +20,12 @@ from rsna_seg.scan import read_scan, window
 from rsna_seg.sources import find_source
 from rsna_seg.train import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 64
 GENTLE = AugmentConfig(horizontal_flip=0, vertical_flip=0, grid_distortion=0, rotate_limit=10)
 SMALL = TrainConfig(size=SIZE, batch_size=8, accumulation=1, epochs=6, lr=3e-3, encoder_weights="none", augment=GENTLE,
                     mixed_precision="no", workers=0, channels="neighbours")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Sums in one order, so that the same input gives the same numbers."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

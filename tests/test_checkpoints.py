@@ -17,6 +17,8 @@ from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import ENCODER, Card, build_model, load_checkpoint, save_checkpoint
 from rsna_seg.phantom import write_kaggle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What `fingerprint` gave for smp.Unet("timm-mobilenetv3_large_100", encoder_weights=None, in_channels=3, classes=6) in
 # segmentation-models-pytorch 0.3.4 with timm 0.9.7, 0.4.0 with 1.0.12, 0.5.0 with 1.0.15 and 0.6.0 with 1.0.31.
 NAMES = "871b64b62fcad56a5b07496eed5b7ab56eced442c73eaeaace74525d170abf8a"
@@ -43,15 +45,6 @@ def fingerprint(net):
     with torch.no_grad():
         logits = with_known_weights(net)(picture)[0]
     return hashlib.sha256(names.encode()).hexdigest(), [round(v, 2) for p in (0, 32) for v in logits[:, p, p].tolist()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Pictures this small gain nothing from threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

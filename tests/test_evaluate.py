@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from browser import chromium, opened
+from browser import opened
 
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
@@ -241,9 +241,9 @@ def test_two_tools_compared(reports):
 
 
 @pytest.mark.parametrize("name", ["runs", "better", "both"])
-def test_a_browser_opens_the_report(reports, name):
+def test_a_browser_opens_the_report(browser, reports, name):
     "Reads the table of cases, sorts it, opens a case; no error, no request to any host."
-    with chromium() as browser, opened(browser, reports / name / "report.html") as (page, seen):
+    with opened(browser, reports / name / "report.html") as (page, seen):
         table = page.get_by_role("table", name=re.compile("Cases"))
         column = next(i for i, h in enumerate(table.get_by_role("columnheader").all_inner_texts()) if "Dice" in h)
 

@@ -26,6 +26,8 @@ from rsna_seg.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.postprocess import PostprocessConfig
 from rsna_seg.predict import PredictConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ["ann", "bob", "cyd"]
 FILES = ["done.json", "organs.nii.gz", "volumes.csv", "volumes.json"]
 WORK = """
@@ -34,15 +36,6 @@ from rsna_seg.many import Job, predict_many
 from rsna_seg.predict import PredictConfig
 predict_many(Job((sys.argv[1],), sys.argv[3], PredictConfig("torch"), ("nifti", "volumes")), sys.argv[2])
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Pictures this small gain nothing from threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,12 @@ from rsna_seg.scan import read_scan
 from rsna_seg.summary import write_evaluation
 from rsna_seg.train import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 64
 OUTLINED = ("liver", "left_kidney", "right_kidney")
 STILL = AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate=0, grid_distortion=0, coarse_dropout=0)
 SHARED = dict(size=SIZE, batch_size=8, accumulation=1, augment=STILL, mixed_precision="no", workers=0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Sums in one order, so that the trainings give the same numbers everywhere."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loss_and_gradient(loss, logits, masks):

@@ -16,7 +16,7 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
-from browser import chromium, opened
+from browser import opened
 from scipy import ndimage
 from test_dicom_files import rt_places, seg_places
 from torch.nn.functional import one_hot, unfold
@@ -33,6 +33,8 @@ from rsna_seg.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.postprocess import PostprocessConfig
 from rsna_seg.predict import PredictConfig, Predictor, Segmentation
 from rsna_seg.scan import window
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS and LPS, both ways
 AXES = ["".join(axes[k][f] for k, f in zip(order, flips)) for axes in (("RL", "AP", "SI"),)
@@ -68,15 +70,6 @@ def organs_in(mask, affine):
 def save(scan, mask, out, *outputs):
     assert save_segmentation(Segmentation(mask, scan), out, outputs) == out
     return out
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Pictures this small gain nothing from threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -420,14 +413,14 @@ def test_pngs_without_spacing_have_no_millilitres(place, net, capsys, tmp_path):
     np.testing.assert_allclose(measured.ml, bare.voxels * 1.12, atol=2e-3)
 
 
-def test_a_browser_opens_the_report(place, net, capsys, tmp_path):
+def test_a_browser_opens_the_report(browser, place, net, capsys, tmp_path):
     "One file, opened from the disk: no error, no request, and the warnings that `findings` gives."
     code, said, complaints = rsna_seg(capsys, net, place / "series", tmp_path / "out", "--outputs", "report")
     assert code == 0, complaints
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["report.html"]
     texts = [f.text for f in Predictor(net, PredictConfig("torch"))(place / "series").findings]
     assert len(texts) >= 2 and all(f"check: {text}" in said for text in texts)
-    with chromium() as browser, opened(browser, tmp_path / "out" / "report.html") as (page, seen):
+    with opened(browser, tmp_path / "out" / "report.html") as (page, seen):
         page.locator("canvas").wait_for()
         assert page.get_by_role("note", name="Please check").get_by_role("listitem").all_inner_texts() == texts
         assert page.get_by_role("table", name="Organs").get_by_role("rowheader").all_inner_texts() == [o.name for o in ORGANS]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from browser import chromium, opened
+from browser import opened
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -59,12 +59,6 @@ def report(tmp_path_factory):
     title = f"Evaluation of best_mobilenet_rsna_refined_of_fold_0_with_a_name_without_any_space.pth {EVIL}"
     write_report(path, title, ["Seven cases.", EVIL], sections, warnings=["case 8: its mask is unreadable.", EVIL])
     return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ from rsna_seg.model import file_sha256
 from rsna_seg.phantom import write_kaggle
 from rsna_seg.train import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 THIN = functools.partial(smp.Unet, decoder_channels=(16, 16, 8, 8, 8))  # the U-Net with a narrow decoder
 SMALL = {"size": 64, "workers": 0, "epochs": 3, "save_minutes": 0}
 FIRST = TrainConfig(**SMALL, batch_size=1, accumulation=2, encoder_weights="none", ema=0.9, clip=1.0)
@@ -57,15 +59,6 @@ class Wide(Tiny):
     "One whose state has 10 MB: it can be killed while it writes them."
 
     width = 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Another number of threads would add up in another order."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.phantom import write_kaggle
 from rsna_seg.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOP = Path(__file__).resolve().parents[1]
 FLAGS = "--size 64 --batch-size 4 --accumulation 2 --epochs 2 --encoder-weights none --workers 0 --save-minutes 0".split()
 VARIES = ["seconds", "slices_per_second", "peak_memory_gb"]
@@ -90,15 +92,6 @@ def same_run(one, other):
         and histories[0].equals(histories[1])
         and (one / "best_model_512.pth").read_bytes() == (other / "best_model_512.pth").read_bytes()
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Slices this small gain nothing from threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from browser import chromium, opened
+from browser import opened
 from matplotlib.figure import Figure
 from test_report import EVIL, contrast
 
@@ -44,12 +44,6 @@ def report(tmp_path_factory):
     figure.add_subplot().plot([0, 1])
     write_scan_report(path, f"Scan {EVIL}", [EVIL], table(mask), ["Spleen: two pieces.", EVIL], grey, mask, SPACING, notes=[EVIL], figure=figure)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
