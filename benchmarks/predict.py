@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import cv2
@@ -20,8 +21,11 @@ import torch
 from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
+from rsna_seg.commands import Export
 from rsna_seg.demo import DemoConfig, demo
 from rsna_seg.export import export_onnx
+from rsna_seg.inputs import scan_table
+from rsna_seg.many import Job, predict_many, predict_one
 from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
 from rsna_seg.organs import CLASSES
 from rsna_seg.outputs import save_segmentation
@@ -29,8 +33,9 @@ from rsna_seg.phantom import draw_patient, render, write_series
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scan import read_scan
 
-SIZE, BATCH, ROUNDS = 512, 4, 3
-OURS, SNIPPET, ONNX, OPENVINO = "rsna_seg", "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
+SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
+OURS, INT8 = "rsna_seg", "rsna_seg, int8"
+PEERS = SNIPPET, ONNX, OPENVINO = "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
 
 
 def arguments():
@@ -38,6 +43,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scan", type=Path, help="a real CT, resampled to 512 x 512 beside the phantom")
     parser.add_argument("--checkpoint", type=Path, help="weights; if not given, those of the demo, which trains first")
+    parser.add_argument("--int8", type=Path, metavar="DATA", help="the weights' own dataset folder, to fit the engine int8 to; the demo's for its weights")
     parser.add_argument("--slices", type=int, default=200, help="of the phantom")
     parser.add_argument("--quick", action="store_true", help="24 slices of each scan and one round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
@@ -106,9 +112,9 @@ def runtime(way, checkpoint):
     return lambda grey: torch.from_numpy(run(np.repeat(grey[:, None] * 2 - 1, 3, axis=1))).argmax(1).numpy()
 
 
-def ours(checkpoint):
+def ours(way, checkpoint):
     "This project."
-    predictor = Predictor(checkpoint, PredictConfig(batch_size=BATCH))
+    predictor = Predictor(checkpoint, PredictConfig("int8" if way == INT8 else "auto", batch_size=BATCH))
     print(predictor, flush=True)
     return lambda series, out: save_segmentation(predictor(series), out, ("nifti", "volumes"))
 
@@ -125,12 +131,34 @@ _WAY = {}  # of this process
 def begin(way, checkpoint):
     "Makes a process ready for one way."
     warnings.filterwarnings("ignore", category=FutureWarning)
-    _WAY["run"] = ours(checkpoint) if way == OURS else peer(way, checkpoint)
+    _WAY["run"] = ours(way, checkpoint) if way in (OURS, INT8) else peer(way, checkpoint)
 
 
 def once(series, out):
     "One scan from disk to disk, in the process of a way."
     _WAY["run"](series, out)
+
+
+def many(series, out, checkpoint, rounds):
+    "Slices a second of some scans after each other in one process, and as `predict_many` overlaps them."
+    listed = folder_of(out, "scans") / "scans.csv"
+    listed.write_text("path,name\n" + "".join(f"{series},{number}\n" for number in range(SCANS)))
+    places = (str(folder_of(out, f"{number}")) for number in count())
+    start = lambda: Job((str(checkpoint),), next(places), PredictConfig(batch_size=BATCH), ("nifti", "volumes"))
+
+    def each():
+        job, rows = start(), scan_table(listed).to_dict(orient="records")
+        for row in rows:
+            predict_one(job, row, job.fingerprint())
+
+    ways = {f"{SCANS} scans, one after the other": each, f"{SCANS} scans, overlapped": lambda: predict_many(start(), listed)}
+    return speeds(ways, SCANS * len(list(series.iterdir())), "slices/s", rounds)
+
+
+def folder_of(out, name):
+    "A new folder."
+    (out / name).mkdir(parents=True)
+    return out / name
 
 
 def demo_weights(folder):
@@ -162,13 +190,16 @@ def main():
     rounds, slices = (1, 24) if args.quick else (ROUNDS, args.slices)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
-        checkpoint = args.checkpoint or demo_weights(folder)
+        checkpoint, data = (args.checkpoint, args.int8) if args.checkpoint else (demo_weights(folder), folder / "demo" / "data")
+        if data:
+            Export(checkpoint, folder, formats=(), int8=data).run()
         write_phantom(scans["phantom"], slices)
         if args.scan:
             scans["real CT"] = folder / "real"
             write_resampled(args.scan, scans["real CT"], 24 if args.quick else 0)
         spawn = multiprocessing.get_context("spawn")
-        pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in (OURS, SNIPPET, ONNX, OPENVINO)}
+        names = (OURS, INT8, *PEERS) if data else (OURS, *PEERS)
+        pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in names}
         results, ratios = {"matrix products, bfloat16": products(torch.bfloat16, rounds)}, {}
         for name, series in scans.items():
             out = {way: folder / "out" / name / way for way in pools}
@@ -178,10 +209,14 @@ def main():
             found = speeds(ways, len(list(series.iterdir())), "slices/s", rounds)
             results |= found
             speed = found[f"{name}: {OURS}"]["median"]
-            ratios |= {f"{name}: ours/{way}": speed / found[f"{name}: {way}"]["median"] for way in pools if way != OURS}
+            for own in names[: -len(PEERS)]:
+                ratios |= {f"{name}: {own}/{way}": found[f"{name}: {own}"]["median"] / found[f"{name}: {way}"]["median"] for way in PEERS}
             about(name, series, results["matrix products, bfloat16"]["median"], speed, checkpoint)
-            for way in (SNIPPET, ONNX, OPENVINO):
-                print(f"{name}: {agreement(out[OURS] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels equal to {way}")
+            for own, way in [(OURS, way) for way in PEERS] + [(own, SNIPPET) for own in names[1 : -len(PEERS)]]:
+                print(f"{name}: {agreement(out[own] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels of {own} equal to {way}")
+        found = many(scans["phantom"], folder_of(folder, "many"), checkpoint, rounds)
+        before, after = (each["median"] for each in found.values())
+        results, ratios = results | found, ratios | {"several scans: overlapped/one after the other": after / before}
         report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino"), rounds, args.json)
 
 

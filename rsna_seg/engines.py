@@ -243,11 +243,27 @@ def _installed(name):
     return all(importlib.util.find_spec(package) for package in _PACKAGES.get(name, ()))
 
 
+def _place(name, device):
+    "Where the engine is to run; raises `ConfigError` if that cannot be."
+    place = device or ("cuda" if name == "cuda" else "cpu")
+    kind, _, number = place.partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"There is no device {device}; choose cpu, cuda, or one of several GPUs such as cuda:1.")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise ConfigError(f"PyTorch finds {f'{gpus} CUDA GPUs here, counted from 0, and no {place}' if gpus else 'no CUDA GPU here'}; leave device and engine to auto, or choose others.")
+    if kind == "cuda" and not name.startswith(("torch", "cuda")):
+        raise ConfigError(f"The engine {name} runs on the processor, not on {device}; choose the engine cuda, or leave the device out.")
+    if kind == "cpu" and name == "cuda":
+        raise ConfigError("The engine cuda does not run on the device cpu; choose another engine, or auto.")
+    return place
+
+
 def make_engine(
     name: str,  # one of `ENGINES`
     model: nn.Module,  # in eval mode
     size: int = 512,  # pixels along both sides of the slices
-    device: str | None = None,  # for PyTorch's: where; "cuda" or "cpu" if not given
+    device: str | None = None,  # for PyTorch's: "cpu", "cuda", "cuda:1" ...; "cuda" for the engine of that name, else "cpu", if not given
     int8: str | Path | None = None,  # for int8: the graph that `export_int8` wrote
 ):
     "The engine of that name; raises `ConfigError` if this computer cannot run it."
@@ -255,12 +271,11 @@ def make_engine(
         raise ConfigError(f"There is no engine {name}; choose auto, {', '.join(ENGINES)}.")
     if not _installed(name):
         raise ConfigError(f"The engine {name} is not installed: pip install 'rsna_seg[engines]', or choose torch.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("PyTorch finds no CUDA GPU here; choose another engine, or auto.")
+    place = _place(name, device)
     if name == "cuda":
-        return TorchEngine(model, device or "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+        return TorchEngine(model, place, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if name.startswith("torch"):
-        return TorchEngine(model, device or "cpu", torch.bfloat16 if name == "torch-bf16" else torch.float32)
+        return TorchEngine(model, place, torch.bfloat16 if name == "torch-bf16" else torch.float32)
     if name == "int8" and not (int8 and Path(int8).exists()):
         raise ConfigError(f"The engine int8 needs {int8 or 'a graph'}: make it with rsna_seg export CHECKPOINT OUT --int8 DATA, or choose another engine.")
     return OnnxEngine(model, size) if name == "onnxruntime" else OpenvinoEngine(model, size, int8=int8 if name == "int8" else None)
@@ -286,7 +301,7 @@ def pick_engine(
     device: str | None = None,  # "cuda", "cpu"; the GPU if there is one
 ) -> tuple[str, dict]:
     "The name of the fastest engine on this computer, and the slices per second of those that were tried."
-    if (device or "cuda").startswith("cuda") and torch.cuda.is_available():
+    if device not in (None, "cpu") or (device is None and torch.cuda.is_available()):
         return "cuda", {}
     names = ("torch-bf16", "openvino") if has_bf16() else ("torch", "openvino", "onnxruntime")
     speeds = {name: measure_engine(make_engine(name, model, size), size) for name in names if _installed(name)}

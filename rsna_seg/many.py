@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +24,7 @@ from .files import ConfigError, RsnaSegError, whole_file, writing
 from .inputs import opened, scan_table
 from .model import file_sha256
 from .outputs import OUTPUTS, check_outputs, save_segmentation
-from .predict import PredictConfig, Predictor
+from .predict import PredictConfig, Predictor, ahead
 
 # %% ../nbs/40_many.ipynb #c7feba33
 @dataclass(frozen=True)
@@ -75,30 +76,40 @@ def _done(out, made_of):
         return None
 
 
+def _steps(job, row, fingerprint):
+    "Reads a scan, segments it, writes its files; yields after each step, and at the end, however early, name, rows, findings and reason."
+    out, made_of = Path(job.out) / row["name"], _made_of(row, fingerprint)
+    result = {"name": row["name"], "rows": [], "findings": [], "reason": ""}
+    if found := _done(out, made_of):
+        yield result | found
+        return
+    try:
+        predictor = _predictor(job, fingerprint)
+        card = predictor.card
+        with opened(row["path"], row["series"] or None, row["spacing"], card.level, card.width) as scan, writing(out):
+            check_outputs(job.outputs, scan)
+            yield None
+            (out / "done.json").unlink(missing_ok=True)
+            segmentation = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
+            yield None
+            save_segmentation(segmentation, out, job.outputs)
+            rows = json.loads(segmentation.organs.reset_index().to_json(orient="records", double_precision=3))
+            found = {"rows": rows, "findings": [vars(f) for f in segmentation.findings]}
+            with whole_file(out / "done.json") as part:
+                part.write_text(json.dumps({"made_of": made_of, **found}))
+            yield result | found
+    except RsnaSegError as error:
+        yield result | {"reason": str(error)}
+
+
 def predict_one(
     job: Job,
     row: dict,  # of `scan_table`: name, path, series, spacing
     fingerprint: str,  # of the job
 ) -> dict:  # name, rows (of volumes.csv), findings, reason (why there are none)
     "Segments a scan into its folder, or says why not; a scan that is done is not read again."
-    out, made_of = Path(job.out) / row["name"], _made_of(row, fingerprint)
-    if found := _done(out, made_of):
-        return {"name": row["name"], **found, "reason": ""}
-    try:
-        predictor = _predictor(job, fingerprint)
-        card = predictor.card
-        with opened(row["path"], row["series"] or None, row["spacing"], card.level, card.width) as scan, writing(out):
-            check_outputs(job.outputs, scan)
-            (out / "done.json").unlink(missing_ok=True)
-            result = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
-            save_segmentation(result, out, job.outputs)
-            rows = json.loads(result.organs.reset_index().to_json(orient="records", double_precision=3))
-            found = {"rows": rows, "findings": [vars(f) for f in result.findings]}
-            with whole_file(out / "done.json") as part:
-                part.write_text(json.dumps({"made_of": made_of, **found}))
-    except RsnaSegError as error:
-        return {"name": row["name"], "rows": [], "findings": [], "reason": str(error)}
-    return {"name": row["name"], **found, "reason": ""}
+    *_, result = _steps(job, row, fingerprint)
+    return result
 
 # %% ../nbs/40_many.ipynb #06d87739
 def _processes():
@@ -106,12 +117,18 @@ def _processes():
     return int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
+def _shares(out):
+    "The files in which the processes tell each other their results."
+    world, _ = _processes()
+    return [Path(out) / ".shares" / f"{k}-of-{world}.json" for k in range(world)]
+
+
 def _of_all(out, results):
     "The results of all processes that have ended, in order of the scans."
     world, rank = _processes()
     if world == 1:
         return results
-    shares = [out / ".shares" / f"{k}-of-{world}.json" for k in range(world)]
+    shares = _shares(out)
     with whole_file(shares[rank]) as part:
         part.write_text(json.dumps(results))
     read = [json.loads(path.read_text()) if path.exists() else [] for path in shares]
@@ -131,6 +148,24 @@ def _tables(out, results):
     return volumes, findings, failed
 
 
+def _overlapped(job, rows, fingerprint):
+    "The results in order; while a scan is segmented, threads read the next one and write the one before."
+
+    def read(row):
+        steps = _steps(job, row, fingerprint)
+        return steps, next(steps)
+
+    with ThreadPoolExecutor(1) as writer:
+        written = None
+        for _, (steps, result) in ahead(read, rows):
+            result = next(steps, result)
+            if written:
+                yield written.result()
+            written = writer.submit(next, steps, result)
+        if written:
+            yield written.result()
+
+
 def predict_many(
     job: Job,
     source: str | Path,  # a folder of scans, or a CSV with the column path and, if need be, name, series, spacing
@@ -140,8 +175,13 @@ def predict_many(
     if unknown := [name for name in job.outputs if name not in OUTPUTS]:
         raise ConfigError(f"There is no output {unknown[0]}; choose from {', '.join(OUTPUTS)}.")
     world, rank = _processes()
+    with writing(job.out):
+        _shares(job.out)[rank].unlink(missing_ok=True)  # of a run before
     rows, fingerprint = scan_table(source).to_dict(orient="records")[rank::world], job.fingerprint()
-    work = Parallel(n_jobs=jobs, return_as="generator")(delayed(predict_one)(job, row, fingerprint) for row in rows)
+    if jobs == 1:
+        work = _overlapped(job, rows, fingerprint)
+    else:
+        work = Parallel(n_jobs=jobs, return_as="generator")(delayed(predict_one)(job, row, fingerprint) for row in rows)
     results = []
     for result in tqdm(work, total=len(rows), desc="scans", unit="scan"):
         results.append(result)

@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
 
@@ -50,6 +49,8 @@ def imagenet_file(
     timeout: float = 10,  # seconds to wait for the hub's first answer
 ) -> Path:
     "The encoder's ImageNet weights on this machine, downloaded if need be; raises `ConfigError` offline."
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # a client of the web, which checkpoints need not wait for
+
     cached = try_to_load_from_cache(_HUB, "model.safetensors")
     if isinstance(cached, str):
         return Path(cached)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import find_objects, median_filter
 
 from .files import ConfigError
 from .organs import ORGANS
@@ -84,6 +83,8 @@ def midline(
     found = np.isfinite(columns)
     if not found.any():
         return np.full(len(scan.hu), np.nan)
+    from scipy.ndimage import median_filter
+
     smooth = median_filter(columns[found], size=max(1, round(_SMOOTH_MM / (every * scan.spacing[0]))), mode="nearest")
     return np.interp(np.arange(len(scan.hu)), ranks[found], smooth)
 
@@ -102,6 +103,8 @@ def _pieces(inside):
 
 def _boxes(mask):
     "The boxes of the organs that are there, as slices by id."
+    from scipy.ndimage import find_objects  # a fifth of a second that a mask without post-processing need not wait for
+
     return {k: box for k, box in enumerate(find_objects(mask, len(ORGANS)), start=1) if box}
 
 

@@ -1,5 +1,6 @@
 "What tests of several files share: real CT, a browser, one thread, and the names of the markers."
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_configure(config):
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # tests side by side: each has its share of the cores
+        threads = max(1, os.cpu_count() // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+        torch.set_num_threads(threads)
     config.addinivalue_line("markers", "long: takes minutes; leave it out with -m 'not long'")
 
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from rsna_seg.model import Card, build_model, save_checkpoint
 from rsna_seg.organs import ORGANS
 from rsna_seg.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.postprocess import PostprocessConfig
-from rsna_seg.predict import PredictConfig
+from rsna_seg.predict import PredictConfig, Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +99,32 @@ def test_one_broken_scan_does_not_stop_the_others(job, scans, capsys):
     for name in NAMES:
         assert sorted(p.name for p in (Path(job.out) / name).iterdir()) == FILES
     assert not (Path(job.out) / "broken").exists()
+
+
+def test_the_next_is_read_and_the_last_is_written_meanwhile(job, scans, monkeypatch):
+    "A scan's segmentation ends only when the next is read, its writing only when the next is segmented; three scans take their turns."
+    order, begun = [], defaultdict(threading.Event)
+
+    def spied(step, function, name_of):
+        def call(*given):
+            name = name_of(*given)
+            after = NAMES[NAMES.index(name) + 1] if name != NAMES[-1] else None
+            order.append((step, name))
+            begun[step, name].set()
+            if after and step != "read":
+                assert begun[{"segment": "read", "write": "segment"}[step], after].wait(30)
+            return function(*given)
+
+        return call
+
+    source = scans.parent / "three.csv"
+    pd.DataFrame({"path": [next(scans.glob(f"{name}*")) for name in NAMES]}).to_csv(source, index=False)
+    monkeypatch.setattr(many, "opened", spied("read", many.opened, lambda path, *_: Path(path).stem))
+    monkeypatch.setattr(Predictor, "__call__", spied("segment", Predictor.__call__, lambda _, scan, *__: scan.name))
+    monkeypatch.setattr(many, "save_segmentation", spied("write", many.save_segmentation, lambda result, *_: result.scan.name))
+    volumes, _, failed = predict_many(job, source)
+    assert failed.empty and volumes.scan.drop_duplicates().tolist() == NAMES
+    assert sorted(order) == sorted((step, name) for step in ("read", "segment", "write") for name in NAMES)
 
 
 def test_what_is_done_is_not_read_again(job, scans, read):
