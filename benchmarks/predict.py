@@ -23,6 +23,7 @@ from rounds import report, speeds
 
 from rsna_seg.commands import Export
 from rsna_seg.demo import DemoConfig, demo
+from rsna_seg.engines import has_bf16
 from rsna_seg.export import export_onnx
 from rsna_seg.inputs import scan_table
 from rsna_seg.many import Job, predict_many, predict_one
@@ -34,6 +35,7 @@ from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scan import read_scan
 
 SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
+NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself
 OURS, INT8 = "rsna_seg", "rsna_seg, int8"
 PEERS = SNIPPET, ONNX, OPENVINO = "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
 
@@ -179,7 +181,7 @@ def about(name, series, limit, speed, checkpoint):
     predictor, scan = Predictor(checkpoint, PredictConfig("torch", "cpu")), read_scan(series)
     box, ranks = predictor.work_on(scan)
     print(f"{name}: {len(scan.hu)} slices, {len(scan.hu) / speed:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%}"
-          f" of the frame, {len(ranks)} slices; {speed * gflop_of_a_slice() / limit:.0%} of the measured bfloat16 matrix-product limit"
+          f" of the frame, {len(ranks)} slices; {speed * gflop_of_a_slice() / limit:.0%} of the measured {NUMBERS} matrix-product limit"
           f" ({limit:.0f} GFLOP/s), counting whole frames")  # fmt: skip
 
 
@@ -200,7 +202,8 @@ def main():
         spawn = multiprocessing.get_context("spawn")
         names = (OURS, INT8, *PEERS) if data else (OURS, *PEERS)
         pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in names}
-        results, ratios = {"matrix products, bfloat16": products(torch.bfloat16, rounds)}, {}
+        limit, ratios = products(getattr(torch, NUMBERS), rounds), {}
+        results = {f"matrix products, {NUMBERS}": limit}
         for name, series in scans.items():
             out = {way: folder / "out" / name / way for way in pools}
             for place in out.values():
@@ -211,7 +214,7 @@ def main():
             speed = found[f"{name}: {OURS}"]["median"]
             for own in names[: -len(PEERS)]:
                 ratios |= {f"{name}: {own}/{way}": found[f"{name}: {own}"]["median"] / found[f"{name}: {way}"]["median"] for way in PEERS}
-            about(name, series, results["matrix products, bfloat16"]["median"], speed, checkpoint)
+            about(name, series, limit["median"], speed, checkpoint)
             for own, way in [(OURS, way) for way in PEERS] + [(own, SNIPPET) for own in names[1 : -len(PEERS)]]:
                 print(f"{name}: {agreement(out[own] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels of {own} equal to {way}")
         found = many(scans["phantom"], folder_of(folder, "many"), checkpoint, rounds)
