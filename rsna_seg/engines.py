@@ -182,7 +182,7 @@ def _inputs(images, box):
     rows, cols = images.shape[-2:]
     return {"image": as_input(images).contiguous().numpy(), "box": np.array(box or (0, rows, 0, cols))}
 
-
+# %% ../nbs/33_engines.ipynb #4b3019c6
 class OnnxEngine:
     "The network in ONNX Runtime, float32."
 
@@ -206,7 +206,7 @@ class OnnxEngine:
         "Logits of the box."
         return torch.from_numpy(self.session.run(["logits"], _inputs(images, box))[0])
 
-
+# %% ../nbs/33_engines.ipynb #712350f9
 class OpenvinoEngine:
     "The network in OpenVINO."
 

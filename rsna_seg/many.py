@@ -38,11 +38,14 @@ class Job:
 
     def fingerprint(self):
         "Changes with the weights and with the settings that change the files."
-        weights = [file_sha256(path) for path in self.checkpoints]
+        paths = [Path(path) for path in self.checkpoints]
+        if self.config.engine == "int8":  # its graph, too, can be made anew
+            paths += [path.with_suffix(".int8.bin") for path in paths if path.with_suffix(".int8.bin").exists()]
+        weights = [file_sha256(path) for path in paths]
         settings = [self.config.engine, repr(self.config.postprocess), self.config.views, self.config.crop, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()
 
-
+# %% ../nbs/40_many.ipynb #71fd3cf3
 _LATEST = {}  # of this process: the job and its fingerprint, and its predictor
 
 
@@ -75,7 +78,7 @@ def _done(out, made_of):
     except (OSError, ValueError, KeyError):
         return None
 
-
+# %% ../nbs/40_many.ipynb #4fc00950
 def _steps(job, row, fingerprint):
     "Reads a scan, segments it, writes its files; yields after each step, and at the end, however early, name, rows, findings and reason."
     out, made_of = Path(job.out) / row["name"], _made_of(row, fingerprint)
@@ -147,7 +150,7 @@ def _tables(out, results):
                 table.to_csv(file, index=False)
     return volumes, findings, failed
 
-
+# %% ../nbs/40_many.ipynb #833211ad
 def _overlapped(job, rows, fingerprint):
     "The results in order; while a scan is segmented, threads read the next one and write the one before."
 

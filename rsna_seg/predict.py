@@ -308,7 +308,7 @@ def ahead(
                 yield waiting[0], waiting[1].result()
             waiting = coming
 
-
+# %% ../nbs/06_predict.ipynb #3c5a834c
 def _classes(logits, box, shape, size):
     "Where on the scan's pixels classes are written, and the classes, uint8, (slices, rows, columns)."
     side = max(shape)

@@ -143,6 +143,18 @@ def test_what_is_done_is_not_read_again(job, scans, read):
     assert sorted(read) == ["broken", "cyd"]
 
 
+def test_a_new_graph_is_another_job(net, tmp_path):
+    "Eight bits fitted to other slices give another answer with the same weights."
+    checkpoint = tmp_path / "net.pth"
+    checkpoint.write_bytes(net.read_bytes())
+    seen = {engine: [] for engine in ("int8", "torch")}
+    for graph in (b"", b"fitted", b"fitted anew"):
+        checkpoint.with_suffix(".int8.bin").write_bytes(graph)
+        for engine, found in seen.items():
+            found.append(Job((str(checkpoint),), "out", PredictConfig(engine)).fingerprint())
+    assert (len(set(seen["int8"])), len(set(seen["torch"]))) == (3, 1)
+
+
 CHANGES = {
     "engine": {"config": PredictConfig("torch-bf16")},
     "post-processing": {"config": PredictConfig("torch", postprocess=PostprocessConfig(largest=True))},
