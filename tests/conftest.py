@@ -15,7 +15,14 @@ def pytest_configure(config):
         threads = max(1, os.cpu_count() // int(workers))
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
         torch.set_num_threads(threads)
+    config.option.loadscopereorder = False  # for pytest-xdist: files in the order of `pytest_collection_modifyitems`
     config.addinivalue_line("markers", "long: takes minutes; leave it out with -m 'not long'")
+
+
+def pytest_collection_modifyitems(items):
+    "Files with long tests come first, so that side by side none of them is left alone at the end."
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
