@@ -103,11 +103,11 @@ def engines(checkpoint, calibration, folder):
     eight = nncf.quantize(float32, nncf.Dataset(slices), subset_size=len(slices), preset=nncf.QuantizationPreset.MIXED)
     quant_pre_process(folder / "net.onnx", folder / "ready.onnx", skip_symbolic_shape=True)
     quantize_static(folder / "ready.onnx", folder / "int8.onnx", Slices(slices), quant_format=QuantFormat.QDQ, per_channel=True)
-    in_bf16 = {"OpenVINO, bfloat16": openvino_engine(float32, "bf16"), "torch, bfloat16, channels last": torch_engine(model)}
+    in_bf16 = {"OpenVINO, bfloat16": openvino_engine(float32, "bf16"), "torch, bfloat16, channels last": torch_engine(model)} if has_bf16() else {}
     return {
         F32: openvino_engine(float32, "f32"),
         "ONNX Runtime, float32": onnx_engine(folder / "net.onnx"),
-        **(in_bf16 if has_bf16() else {}),
+        **in_bf16,
         OURS: ours(OpenvinoEngine(model)),
         INT8: openvino_engine(decoder, "bf16" if has_bf16() else "f32"),
         "OpenVINO, int8": openvino_engine(eight, "f32"),

@@ -36,7 +36,7 @@ from rsna_seg.scan import read_scan
 
 SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
 NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself
-OURS, INT8 = "rsna_seg", "rsna_seg, int8"
+OURS, INT8 = "ours", "ours, int8"
 PEERS = SNIPPET, ONNX, OPENVINO = "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
 
 
@@ -220,7 +220,7 @@ def main():
         found = many(scans["phantom"], folder_of(folder, "many"), checkpoint, rounds)
         before, after = (each["median"] for each in found.values())
         results, ratios = results | found, ratios | {"several scans: overlapped/one after the other": after / before}
-        report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino"), rounds, args.json)
+        report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino", "nncf"), rounds, args.json)
 
 
 if __name__ == "__main__":

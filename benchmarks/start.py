@@ -27,7 +27,7 @@ def main():
     results = {name: summary(taken, "s") for name, taken in seconds.items()}
     alone, empty, ours = (results[name]["median"] for name in ("import torch", "python -c pass", "import torch, rsna_seg.predict"))
     results["added by rsna_seg.predict"] = summary([both - torchs for both, torchs in zip(seconds["import torch, rsna_seg.predict"], seconds["import torch"])], "s")
-    ratios = {"import torch, rsna_seg.predict/import torch": ours / alone, "rsna_seg --help/python -c pass": results["rsna_seg --help"]["median"] / empty}
+    ratios = {"speed, ours/import torch": alone / ours, "speed, rsna_seg --help/python -c pass": empty / results["rsna_seg --help"]["median"]}
     report(__doc__, results, ratios, ("rsna_seg", "torch"), rounds, args.json)
 
 

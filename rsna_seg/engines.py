@@ -301,7 +301,7 @@ def pick_engine(
     device: str | None = None,  # "cuda", "cpu"; the GPU if there is one
 ) -> tuple[str, dict]:
     "The name of the fastest engine on this computer, and the slices per second of those that were tried."
-    if device not in (None, "cpu") or (device is None and torch.cuda.is_available()):
+    if device != "cpu" and (device or torch.cuda.is_available()):
         return "cuda", {}
     names = ("torch-bf16", "openvino") if has_bf16() else ("torch", "openvino", "onnxruntime")
     speeds = {name: measure_engine(make_engine(name, model, size), size) for name in names if _installed(name)}

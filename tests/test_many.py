@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,8 +101,8 @@ def test_one_broken_scan_does_not_stop_the_others(job, scans, capsys):
 
 
 def test_the_next_is_read_and_the_last_is_written_meanwhile(job, scans, monkeypatch):
-    "A scan's segmentation ends only when the next is read, its writing only when the next is segmented; three scans take their turns."
-    order, begun = [], defaultdict(threading.Event)
+    "Each scan is segmented only once the reading of the next has begun, and written only once the next is being segmented."
+    order, begun = [], {(step, name): threading.Event() for step in ("read", "segment", "write") for name in NAMES}
 
     def spied(step, function, name_of):
         def call(*given):
@@ -124,7 +123,7 @@ def test_the_next_is_read_and_the_last_is_written_meanwhile(job, scans, monkeypa
     monkeypatch.setattr(many, "save_segmentation", spied("write", many.save_segmentation, lambda result, *_: result.scan.name))
     volumes, _, failed = predict_many(job, source)
     assert failed.empty and volumes.scan.drop_duplicates().tolist() == NAMES
-    assert sorted(order) == sorted((step, name) for step in ("read", "segment", "write") for name in NAMES)
+    assert sorted(order) == sorted(begun)
 
 
 def test_what_is_done_is_not_read_again(job, scans, read):
