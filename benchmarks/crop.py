@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rsna_seg.body import find_body
-from rsna_seg.engines import REACH, TorchEngine, grow_box
-from rsna_seg.inputs import opened
+from rsna_seg.anatomy.measure import find_body
+from rsna_seg.engines.engines import REACH, TorchEngine, grow_box
+from rsna_seg.ct.inputs import opened
 from rsna_seg.model import load_checkpoint, marginal_logits
 from rsna_seg.predict import box_on_square
-from rsna_seg.scan import to_square, window
+from rsna_seg.ct.scan import to_square, window
 
 MARGINS, SLICES = (0, 8, 16, 32, REACH), 8
 

@@ -19,12 +19,12 @@ from rounds import arguments, report, speeds, summary
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare
-from rsna_seg.engines import OpenvinoEngine, has_bf16
-from rsna_seg.export import export_int8, export_onnx, export_openvino
-from rsna_seg.metrics import volume_dice
+from rsna_seg.engines.engines import OpenvinoEngine, has_bf16
+from rsna_seg.engines.export import export_int8, export_onnx, export_openvino
+from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import as_input, load_checkpoint
-from rsna_seg.phantom import draw_patient, render, write_kaggle
-from rsna_seg.scan import window
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle
+from rsna_seg.ct.scan import window
 from rsna_seg.train import TrainConfig, train
 
 F32 = "OpenVINO, float32"

@@ -51,8 +51,8 @@ def made_up(count):
 
 def ours(truth, found, probabilities):
     "As `evaluate` counts them: a few slices at a time, nothing is kept but counts."
-    from rsna_seg.metrics import dice, iou, slice_confusions
-    from rsna_seg.roc import RocHistogram
+    from rsna_seg.scoring.metrics import dice, iou, slice_confusions
+    from rsna_seg.scoring.roc import RocHistogram
 
     roc, matrix = RocHistogram(), 0
     for t, f, p in zip(truth.split(4), found.split(4), probabilities.split(4)):

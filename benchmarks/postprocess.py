@@ -10,10 +10,10 @@ from rounds import arguments, report, summary
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.metrics import volume_dice
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import draw_patient, render, write_kaggle, write_series
-from rsna_seg.postprocess import PostprocessConfig, postprocess
+from rsna_seg.scoring.metrics import volume_dice
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
+from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
 from rsna_seg.predict import Predictor
 from rsna_seg.train import TrainConfig, train
 

@@ -21,18 +21,18 @@ import torch
 from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
-from rsna_seg.commands import Export
-from rsna_seg.demo import DemoConfig, demo
-from rsna_seg.engines import has_bf16
-from rsna_seg.export import export_onnx
-from rsna_seg.inputs import scan_table
-from rsna_seg.many import Job, predict_many, predict_one
+from rsna_seg.app.commands import Export
+from rsna_seg.app.demo import DemoConfig, demo
+from rsna_seg.engines.engines import has_bf16
+from rsna_seg.engines.export import export_onnx
+from rsna_seg.ct.inputs import scan_table
+from rsna_seg.app.many import Job, predict_many, predict_one
 from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
-from rsna_seg.organs import CLASSES
-from rsna_seg.outputs import save_segmentation
-from rsna_seg.phantom import draw_patient, render, write_series
+from rsna_seg.ct.organs import CLASSES
+from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.scan import read_scan
+from rsna_seg.ct.scan import read_scan
 
 SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
 NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself

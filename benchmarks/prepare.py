@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from rounds import arguments, report, speeds, summary
 
 from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.phantom import draw_patient, render, write_mask, write_series
+from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 
 SERIES, SLICES, LONG = 8, 75, 1000
 
@@ -74,9 +74,9 @@ def simpleitk(source, out):
 WORKER = """
 import sys
 from pathlib import Path
-from rsna_seg.organs import ORGANS
-from rsna_seg.pairs import write_case
-from rsna_seg.sources import ScanCase
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.store import write_case
+from rsna_seg.ct.find import ScanCase
 
 scan, mask, out = map(Path, sys.argv[1:])
 reason = write_case(ScanCase("p", "s", scan, (mask,)), out, 512, 50, 400, [o.key for o in ORGANS])

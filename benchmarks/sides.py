@@ -18,7 +18,7 @@ from rounds import report, summary
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
-from rsna_seg.metrics import dice, side_confusion
+from rsna_seg.scoring.metrics import dice, side_confusion
 from rsna_seg.model import load_checkpoint, save_checkpoint
 from rsna_seg.train import TrainConfig, train
 

@@ -8,7 +8,7 @@ from rounds import arguments, report, summary
 
 WAYS = {
     "python -c pass": "pass",
-    "rsna_seg --help": "import sys; sys.argv = ['rsna_seg', '--help']; from rsna_seg.cli import main; main()",
+    "rsna_seg --help": "import sys; sys.argv = ['rsna_seg', '--help']; from rsna_seg.app.cli import main; main()",
     "import torch": "import torch",
     "import torch, rsna_seg.predict": "import torch, rsna_seg.predict",
 }

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Subset
 
 from rsna_seg.augment import Augment
 from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, open_data, prepare
-from rsna_seg.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
+from rsna_seg.training.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
 from rsna_seg.model import ALL_ORGANS, ENCODER, SegLoss, build_model
-from rsna_seg.organs import CLASSES
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.organs import CLASSES
+from rsna_seg.ct.phantom import write_kaggle
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

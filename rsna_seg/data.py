@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .files import ConfigError, DataError, OutputError, whole_file, writing
-from .organs import ORGANS
-from .pairs import damaged_rows, write_case
-from .scan import to_square
-from .sources import SourceConfig, case_name, find_source, unpack
+from .ct.organs import ORGANS
+from .ct.store import damaged_rows, write_case
+from .ct.scan import to_square
+from .ct.find import SourceConfig, case_name, find_source, unpack
 
 # %% ../nbs/00_data.ipynb #07a80d3b
 def balanced_draw(

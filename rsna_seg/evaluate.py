@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from .data import SliceDataset, cores, open_data, quiet_worker, read_png
 from .files import ConfigError, DataError, RsnaSegError
-from .labels import label_map
+from .ct.labels import label_map
 from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
-from .organs import CLASSES, ORGANS
+from .ct.organs import CLASSES, ORGANS
 from .predict import PredictConfig, Predictor, from_square
-from .scan import off_square, read_scan, square_grid, window
-from .scores import Evaluation, Judge, Spacing, Tolerance, slices_to_show
-from .sources import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
+from .ct.scan import off_square, read_scan, square_grid, window
+from .scoring.judge import Evaluation, Judge, Spacing, Tolerance, slices_to_show
+from .ct.find import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
 from .train import open_run
 
 # %% ../nbs/05_evaluate.ipynb #ff23d2cc

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .files import ConfigError, whole_file
-from .organs import CLASSES, ORGANS
+from .ct.organs import CLASSES, ORGANS
 
 # %% ../nbs/02_model.ipynb #ce79960d
 ENCODER = "tu-tf_mobilenetv3_large_100"

@@ -22,16 +22,16 @@ from markupsafe import Markup
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 from tqdm.auto import tqdm
 
-from .body import find_body
-from .checks import check_segmentation, organ_facts
-from .engines import ENGINES, grow_box, logits_to_classes, make_engine, pick_engine
+from .anatomy.measure import find_body
+from .anatomy.checks import check_segmentation, organ_facts
+from .engines.engines import ENGINES, grow_box, logits_to_classes, make_engine, pick_engine
 from .files import ConfigError
-from .inputs import opened
+from .ct.inputs import opened
 from .model import ALL_ORGANS, file_sha256, load_checkpoint, marginal_logits
-from .organs import CLASSES, ORGANS, palette
-from .outputs import probability_file, save_segmentation
-from .postprocess import PostprocessConfig, postprocess
-from .scan import Scan, save_nifti, to_square, window
+from .ct.organs import CLASSES, ORGANS, palette
+from .ct.saved import probability_file, save_segmentation
+from .anatomy.repair import PostprocessConfig, postprocess
+from .ct.scan import Scan, save_nifti, to_square, window
 
 # %% ../nbs/06_predict.ipynb #b4d70ae1
 def from_square(
@@ -101,14 +101,14 @@ class _Windowed:
 
 def figure(self: Segmentation):
     "Three planes and a mosaic of slices with the organs in colour."
-    from rsna_seg.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
+    from rsna_seg.report.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
 
     return preview(_Windowed(self.scan.hu, self.level, self.width), self.mask, self.scan.spacing)
 
 
 def _page(self: Segmentation):
-    from rsna_seg.plots import png_bytes
-    from rsna_seg.report import image_tag
+    from rsna_seg.report.plots import png_bytes
+    from rsna_seg.report.page import image_tag
 
     picture = image_tag(png_bytes(self.figure(), 160), "the scan with its organs in colour")
     shown = self.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)

@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 from .augment import Augment, AugmentConfig
 from .data import SliceData, SliceDataset, balanced_weights, cores, make_loader, open_data
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
-from .loop import Tally, freeze_encoder, make_loop, peak_memory, put_state, read_state, start_accelerator, train_epoch, valid_epoch
-from .metrics import dice, mean_organs, pixel_accuracy
+from .training.loop import Tally, freeze_encoder, make_loop, peak_memory, put_state, read_state, start_accelerator, train_epoch, valid_epoch
+from .scoring.metrics import dice, mean_organs, pixel_accuracy
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint, write_tensors
-from .organs import ORGANS
+from .ct.organs import ORGANS
 
 # %% ../nbs/03_train.ipynb #870bc46d
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 import rsna_seg.train
 from rsna_seg.data import SliceDataset, StepSampler, make_loader, open_data
 from rsna_seg.files import ConfigError
-from rsna_seg.loop import Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch
-from rsna_seg.metrics import Confusion
+from rsna_seg.training.loop import Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch
+from rsna_seg.scoring.metrics import Confusion
 from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, build_model
 from rsna_seg.train import TrainConfig, train
 

@@ -15,7 +15,7 @@ from rsna_seg.evaluate import evaluate
 from rsna_seg.files import ConfigError, DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import ENCODER, Card, build_model, load_checkpoint, save_checkpoint
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.phantom import write_kaggle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rsna_seg.checks import KINDS, check_segmentation, organ_facts
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import draw_patient, render, write_series
+from rsna_seg.anatomy.checks import KINDS, check_segmentation, organ_facts
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import Segmentation
-from rsna_seg.scan import Grid, Scan, read_mask, read_scan
+from rsna_seg.ct.scan import Grid, Scan, read_mask, read_scan
 
 SOLID = ("liver", "spleen", "left_kidney", "right_kidney")
 

@@ -10,11 +10,11 @@ import segmentation_models_pytorch as smp
 import torch
 
 from rsna_seg.model import Card, build_model, save_checkpoint
-from rsna_seg.phantom import draw_patient, render, write_kaggle, write_mask, write_series
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask, write_series
 
 
 def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.long
 def test_demo(tmp_path):
-    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", "demo", "--out", str(tmp_path / "demo")]
+    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

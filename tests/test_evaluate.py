@@ -16,20 +16,20 @@ from browser import opened
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
 from rsna_seg.files import ConfigError, DataError
-from rsna_seg.metrics import volume_dice
+from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import Card, build_model, read_card, save_checkpoint
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import draw_patient, render, write_kaggle, write_mask
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.scan import read_mask, read_scan
-from rsna_seg.sources import find_source
+from rsna_seg.ct.scan import read_mask, read_scan
+from rsna_seg.ct.find import find_source
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)
 
 
 def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
@@ -87,7 +87,7 @@ def test_a_grid_that_is_no_square(tmp_path):
 
 
 def test_organs_that_are_not_to_be_judged(world):
-    from rsna_seg.sources import SourceConfig
+    from rsna_seg.ct.find import SourceConfig
 
     checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
     volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes
@@ -282,7 +282,7 @@ def test_memory_does_not_grow_with_slices(tmp_path):
     prepare(tmp_path / "kaggle", tmp_path / "few", config=PrepareConfig(size=64, jobs=1))
     net = train(tmp_path / "few", tmp_path / "run", TrainConfig(**SMALL | {"epochs": 20})).checkpoint
     # VmHWM is the process's own peak; ru_maxrss would be at least that of the process that started it
-    code = "from pathlib import Path; from rsna_seg.cli import main\ntry: main()\nfinally: print(Path('/proc/self/status').read_text())"
+    code = "from pathlib import Path; from rsna_seg.app.cli import main\ntry: main()\nfinally: print(Path('/proc/self/status').read_text())"
     command = [sys.executable, "-c", code, "evaluate", net, tmp_path / "data", tmp_path / "report", "--split", "train"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from rsna_seg import export
-from rsna_seg.commands import parse
-from rsna_seg.engines import TorchEngine, make_engine
+from rsna_seg.engines import export
+from rsna_seg.app.commands import parse
+from rsna_seg.engines.engines import TorchEngine, make_engine
 from rsna_seg.files import ConfigError
 from rsna_seg.model import Card, as_input, build_model, file_sha256, load_checkpoint, save_checkpoint
 
@@ -90,7 +90,7 @@ def test_contract_of_the_graphs(exported):
 
 def test_nothing_is_printed(checkpoint, needed, tmp_path):
     code = f"""
-from rsna_seg.export import export_onnx, export_openvino, export_torchscript
+from rsna_seg.engines.export import export_onnx, export_openvino, export_torchscript
 from rsna_seg.model import load_checkpoint
 model, _ = load_checkpoint({str(checkpoint)!r})
 model.train()

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from rsna_seg.files import ConfigError, DataError, RsnaSegError, ScanError
-from rsna_seg.inputs import from_array, hu_of_grey, is_one_scan, list_series, opened, read_input, scan_table
-from rsna_seg.phantom import draw_patient, render, write_kaggle, write_series
-from rsna_seg.scan import in_source_order, read_scan, save_nifti, window
+from rsna_seg.ct.inputs import from_array, hu_of_grey, is_one_scan, list_series, opened, read_input, scan_table
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
+from rsna_seg.ct.scan import in_source_order, read_scan, save_nifti, window
 
 
 @pytest.fixture(scope="module")

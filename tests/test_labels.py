@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from rsna_seg.files import DataError
-from rsna_seg.labels import (
+from rsna_seg.ct.labels import (
     ENCODINGS, PRESETS, MaskDamage, check_damage, label_map, mask_damage, mask_labels, named_labels, png_values, read_mask_png,
 )  # fmt: skip
-from rsna_seg.organs import ORGANS, palette
-from rsna_seg.phantom import draw_patient, render
+from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.ct.phantom import draw_patient, render
 
 SOLID = ("liver", "spleen", "left_kidney", "right_kidney")
 SOURCES = {  # the organs' ids as the datasets publish them: liver, spleen, left kidney, right kidney, bowel; largest id

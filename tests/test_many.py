@@ -17,14 +17,14 @@ import pytest
 import torch
 from test_several import end, two
 
-from rsna_seg import many
-from rsna_seg.cli import main
+from rsna_seg.app import many
+from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError, DataError
-from rsna_seg.many import Job, predict_many
+from rsna_seg.app.many import Job, predict_many
 from rsna_seg.model import Card, build_model, save_checkpoint
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import draw_patient, render, write_mask, write_series
-from rsna_seg.postprocess import PostprocessConfig
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
+from rsna_seg.anatomy.repair import PostprocessConfig
 from rsna_seg.predict import PredictConfig, Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ NAMES = ["ann", "bob", "cyd"]
 FILES = ["done.json", "organs.nii.gz", "volumes.csv", "volumes.json"]
 WORK = """
 import os, sys
-from rsna_seg.many import Job, predict_many
+from rsna_seg.app.many import Job, predict_many
 from rsna_seg.predict import PredictConfig
 predict_many(Job((sys.argv[1],), sys.argv[3], PredictConfig("torch"), ("nifti", "volumes")), sys.argv[2])
 """
@@ -207,9 +207,9 @@ def test_each_process_has_its_own_gpu(monkeypatch, rank, asked, given):
 
 def test_a_table_of_scans(job, scans, tmp_path, read, capsys):
     "Names, paths from the table's folder, spacing of pictures; another spacing or path of a name is another scan."
-    from rsna_seg.inputs import read_input
-    from rsna_seg.outputs import save_png_masks
-    from rsna_seg.scan import window
+    from rsna_seg.ct.inputs import read_input
+    from rsna_seg.ct.saved import save_png_masks
+    from rsna_seg.ct.scan import window
 
     scan = read_input(scans / "ann.nii")
     save_png_masks(window(scan.hu), scan, tmp_path / "pngs")
@@ -282,7 +282,7 @@ def test_a_dask_cluster_does_the_same(job, scans, tmp_path):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         with distributed.Client(cluster) as client, joblib.parallel_config("dask"):
             predict_many(there, scans, jobs=None)
-            ran = client.run(lambda: "rsna_seg.many" in sys.modules)
+            ran = client.run(lambda: "rsna_seg.app.many" in sys.modules)
     assert list(ran.values()) == [True, True]
     pd.testing.assert_frame_equal(check_tables(Path(there.out))[0], check_tables(Path(job.out))[0])
     for name in NAMES:
@@ -292,7 +292,7 @@ def test_a_dask_cluster_does_the_same(job, scans, tmp_path):
 
 def test_two_processes_share_the_scans(job, net, scans, tmp_path):
     "As `torchrun` starts them: each scan is read by one of them, and the tables hold them all."
-    (tmp_path / "work.py").write_text(WORK.replace("predict_many(", """from rsna_seg import many
+    (tmp_path / "work.py").write_text(WORK.replace("predict_many(", """from rsna_seg.app import many
 opened = many.opened
 def told(path, *more):
     print("read", os.environ["RANK"], path, flush=True)

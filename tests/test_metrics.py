@@ -9,12 +9,12 @@ from monai.metrics import ConfusionMatrixMetric, compute_average_surface_distanc
 from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
-from rsna_seg.metrics import Confusion, dice, iou, slice_confusions, volume_dice
-from rsna_seg.organs import CLASSES, ORGANS
-from rsna_seg.roc import RocHistogram, ScoreHistogram
-from rsna_seg.scan import read_mask, read_scan
-from rsna_seg.scores import Spacing, Tolerance, VolumeTally
-from rsna_seg.surfaces import SurfaceTally
+from rsna_seg.scoring.metrics import Confusion, dice, iou, slice_confusions, volume_dice
+from rsna_seg.ct.organs import CLASSES, ORGANS
+from rsna_seg.scoring.roc import RocHistogram, ScoreHistogram
+from rsna_seg.ct.scan import read_mask, read_scan
+from rsna_seg.scoring.judge import Spacing, Tolerance, VolumeTally
+from rsna_seg.scoring.surfaces import SurfaceTally
 
 CHANCE = dict(tiny=0, noise=1, blocks=2)
 

@@ -21,18 +21,18 @@ from scipy import ndimage
 from test_dicom_files import rt_places, seg_places
 from torch.nn.functional import one_hot, unfold
 
-from rsna_seg import engines
-from rsna_seg.cli import main
+from rsna_seg.engines import engines
+from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError
-from rsna_seg.inputs import from_array, read_input
-from rsna_seg.loop import keep_memory
+from rsna_seg.ct.inputs import from_array, read_input
+from rsna_seg.training.loop import keep_memory
 from rsna_seg.model import Card, as_input, build_model, save_checkpoint
-from rsna_seg.organs import ORGANS
-from rsna_seg.outputs import save_segmentation
-from rsna_seg.phantom import draw_patient, render, write_mask, write_series
-from rsna_seg.postprocess import PostprocessConfig
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
+from rsna_seg.anatomy.repair import PostprocessConfig
 from rsna_seg.predict import PredictConfig, Predictor, Segmentation
-from rsna_seg.scan import window
+from rsna_seg.ct.scan import window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -389,7 +389,7 @@ def test_words_that_do_not_fit(words, says, place, net, capsys, tmp_path):
 
 def test_a_new_process_says_it_too(place, tmp_path):
     "Of the mistakes one as a user types it."
-    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", "predict", place / "notes.pth", place / "ct.nii", tmp_path / "out"]
+    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", "predict", place / "notes.pth", place / "ct.nii", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -433,7 +433,7 @@ HEAVY = {"accelerate", "albumentations", "cc3d", "h5py", "highdicom", "huggingfa
          "scipy.ndimage", "scipy.stats", "seaborn", "segmentation_models_pytorch", "skimage", "sklearn", "timm", "torchvision"}  # fmt: skip
 
 
-@pytest.mark.parametrize("start, heavy", [("import rsna_seg.predict", HEAVY), ("from rsna_seg.cli import main", HEAVY | {"numpy", "pandas", "torch"})])
+@pytest.mark.parametrize("start, heavy", [("import rsna_seg.predict", HEAVY), ("from rsna_seg.app.cli import main", HEAVY | {"numpy", "pandas", "torch"})])
 def test_importing_leaves_heavy_libraries_for_later(start, heavy):
     "Those that a mask, or the list of commands, does not need; benchmarks/start.py tells the seconds."
     code = f"import sys; {start}; print(*sys.modules)"

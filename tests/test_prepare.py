@@ -20,8 +20,8 @@ import pytest
 
 from rsna_seg.data import PrepareConfig, add_split, balanced_draw, open_data, prepare
 from rsna_seg.files import DataError, OutputError
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import write_kaggle
 
 SMALL = PrepareConfig(size=64, jobs=1)
 
@@ -45,7 +45,7 @@ def tree(folder):
 
 
 def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -160,7 +160,7 @@ def test_a_dask_cluster_gives_the_same_bytes(kaggle, tmp_path):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         with distributed.Client(cluster) as client, joblib.parallel_config("dask"):
             prepare(kaggle, tmp_path / "data", config=PrepareConfig(size=64))
-            ran = client.run(lambda: "rsna_seg.pairs" in sys.modules)
+            ran = client.run(lambda: "rsna_seg.ct.store" in sys.modules)
     assert list(ran.values()) == [True, True]
     assert tree(tmp_path / "data") == whole
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rsna_seg.data import PrepareConfig, open_data, prepare
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.phantom import write_kaggle
 
 TRAIN = """
 import sys

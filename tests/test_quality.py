@@ -10,8 +10,8 @@ import pytest
 
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.files import OutputError
-from rsna_seg.phantom import write_kaggle
-from rsna_seg.quality import inspect_data, odd_volumes, write_quality
+from rsna_seg.ct.phantom import write_kaggle
+from rsna_seg.report.dataset import inspect_data, odd_volumes, write_quality
 
 SMALL = PrepareConfig(size=96, jobs=1)
 

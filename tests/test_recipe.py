@@ -23,13 +23,13 @@ import rsna_seg.data
 import rsna_seg.model
 import rsna_seg.train
 from rsna_seg.augment import AugmentConfig
-from rsna_seg.cli import main
+from rsna_seg.app.cli import main
 from rsna_seg.data import PrepareConfig, SliceDataset, open_data, prepare
 from rsna_seg.files import ConfigError, TrainingError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import SegLoss, build_model, file_sha256, load_checkpoint
-from rsna_seg.organs import ORGANS
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import TrainConfig, train
 
 UNET = smp.Unet

@@ -11,7 +11,7 @@ from browser import opened
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rsna_seg.report import Section, write_report
+from rsna_seg.report.page import Section, write_report
 
 NAN = float("nan")
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"

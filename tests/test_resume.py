@@ -22,13 +22,13 @@ import rsna_seg.data
 import rsna_seg.model
 import rsna_seg.train
 from rsna_seg.augment import AugmentConfig
-from rsna_seg.cli import main
+from rsna_seg.app.cli import main
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.files import ConfigError, OutputError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.loop import Tally
+from rsna_seg.training.loop import Tally
 from rsna_seg.model import file_sha256
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 # Runs in processes of their own, which a server forks: torch is imported once
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "rsna_seg.cli", "rsna_seg.finetune", "rsna_seg.phantom"])
+SERVER.set_forkserver_preload(["pytest", "rsna_seg.app.cli", "rsna_seg.finetune", "rsna_seg.ct.phantom"])
 
 
 def _work(pipe, network, stop_at, start, words):

@@ -22,9 +22,9 @@ import torch
 from accelerate import notebook_launcher
 from accelerate.commands.launch import launch_command_parser
 
-from rsna_seg.commands import parse
+from rsna_seg.app.commands import parse
 from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.phantom import write_kaggle
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +187,7 @@ def test_notebook_launcher_goes_on_from_one_process(place):
 @pytest.fixture(scope="module")
 def killed(place):
     "A run whose second process was killed in the middle of an epoch: how, and how many seconds later, it ended, and its state."
-    process = two("-m", "rsna_seg.cli", "train", place / "png", place / "killed", *FLAGS)
+    process = two("-m", "rsna_seg.app.cli", "train", place / "png", place / "killed", *FLAGS)
     try:
         wait_for(process, place / "killed" / "config.json")
         [second] = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
@@ -210,7 +210,7 @@ def test_a_lost_process_ends_the_run_with_its_name(killed):
 @pytest.fixture(scope="module")
 def resumed(place, killed, found):
     "The same command again: what each process printed and complained of."
-    process = two("-m", "rsna_seg.cli", "train", place / "png", place / "killed", *FLAGS,
+    process = two("-m", "rsna_seg.app.cli", "train", place / "png", place / "killed", *FLAGS,
                   options=["--redirects", 3, "--log-dir", place / "logs"])  # fmt: skip
     _, complaints = end(process, 120)
     assert process.returncode == 0, complaints
@@ -238,7 +238,7 @@ def test_one_process_goes_on_for_two(killed, found, place):
 def test_other_settings_are_refused_by_both(resumed, place):
     before = {path: path.stat().st_mtime_ns for path in sorted((place / "killed").rglob("*"))}
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port()]
-    process = start(*launch, "-m", "rsna_seg.cli", "train", place / "png", place / "killed", *FLAGS, "--lr", 0.1)
+    process = start(*launch, "-m", "rsna_seg.app.cli", "train", place / "png", place / "killed", *FLAGS, "--lr", 0.1)
     _, complaints = end(process, 60)
     assert process.returncode != 0
     assert "killed holds a run with lr = 0.001, not 0.1: go on with the same settings or choose another folder." in complaints
@@ -255,5 +255,5 @@ def test_documented_commands_are_understood():
         (False, None, None, 1), (True, None, None, 8), (True, 2, 0, 16), (True, 2, 1, 16)]  # fmt: skip
     for command in seen:
         name, *words = command.training_script_args
-        assert command.module and (command.training_script, name) == ("rsna_seg.cli", "train")
+        assert command.module and (command.training_script, name) == ("rsna_seg.app.cli", "train")
         assert parse(name, words).config == replace(parse(name, ["data", "out"]).config)

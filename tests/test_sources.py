@@ -14,10 +14,10 @@ from pydicom.uid import generate_uid
 
 from rsna_seg.data import PrepareConfig, open_data, prepare
 from rsna_seg.files import DataError
-from rsna_seg.organs import ORGANS, palette
-from rsna_seg.phantom import draw_patient, render, write_mask, write_series
-from rsna_seg.scan import read_scan, window
-from rsna_seg.sources import SourceConfig, find_source
+from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
+from rsna_seg.ct.scan import read_scan, window
+from rsna_seg.ct.find import SourceConfig, find_source
 
 SIZE, SLICES = 64, 10
 SMALL = {"size": SIZE, "jobs": 1}

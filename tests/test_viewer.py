@@ -10,8 +10,8 @@ from browser import opened
 from matplotlib.figure import Figure
 from test_report import EVIL, contrast
 
-from rsna_seg.organs import ORGANS, palette
-from rsna_seg.viewer import write_scan_report
+from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.report.scan import write_scan_report
 
 SHAPE, SPACING = (30, 60, 80), (2.5, 1.0, 0.5)
 SCALE = 13  # pixels of the canvas for each of the scan
