@@ -102,7 +102,7 @@ def organ_codes(
 ) -> tuple:  # the code, and a modifier for the side or None
     "What the organ is, in SNOMED CT, as DICOM's context groups 7151 and 244 have it."
     side = _SIDES.get(organ.key)
-    return (codes.SCT.Kidney, side) if side else (Code(organ.snomed, "SCT", organ.name), None)
+    return (codes.SCT.Kidney, side) if side else (Code(organ.snomed[0], "SCT", organ.name), None)
 
 # %% ../../nbs/ct/07_outputs.ipynb #5aeb0e45
 _ALL = tuple(o.key for o in ORGANS)

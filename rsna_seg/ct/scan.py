@@ -622,8 +622,7 @@ def read_organ_masks(
 
 # %% ../../nbs/ct/01_scan.ipynb #da773193
 _LEFT, _RIGHT, _KIDNEY = "7771000", "24028007", "64033007"  # SNOMED CT
-_SMALL_INTESTINE, _DUODENUM, _COLON, _LARGE_INTESTINE = "30315005", "38848004", "71854001", "14742008"
-_CODES = {**{o.snomed: o.id for o in ORGANS}, _SMALL_INTESTINE: 5, _DUODENUM: 5, _COLON: 5, _LARGE_INTESTINE: 5}
+_CODES = {code: o.id for o in ORGANS for code in o.snomed}
 
 
 def _code(items):
