@@ -18,7 +18,8 @@ from rsna_seg.ct.outputs import outlines, save_dicom_seg, save_rtstruct, source_
 from rsna_seg.files import ConfigError, OutputError, RsnaSegError, ScanError
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import write_mask, write_series
-from rsna_seg.ct.scan import in_source_order, read_scan, read_seg
+from rsna_seg.ct.scan import in_source_order
+from rsna_seg.ct.dicom import read_scan, read_seg
 
 hd = pytest.importorskip("highdicom")
 

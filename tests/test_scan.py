@@ -12,7 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from rsna_seg.files import ScanError
 from rsna_seg.ct.phantom import ENCODINGS, write_mask, write_series
-from rsna_seg.ct.scan import read_mask, read_scan, read_seg, save_nifti
+from rsna_seg.ct.nifti import read_mask, save_nifti
+from rsna_seg.ct.dicom import read_scan, read_seg
 
 SHAPE = (6, 5, 7)  # slices, rows, columns
 PLAIN = {"flip": False, "falling": False, "first": 1, "encoding": ENCODINGS[0], "nifti": False}
