@@ -125,7 +125,7 @@ def jpeg(
     picture: np.ndarray,  # uint8, (row, col, 3)
 ) -> bytes:
     "The picture as a JPEG file: CT is noisy, and PNG cannot make it small."
-    return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+    return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes()
 
 # %% ../../nbs/ct/01_scan.ipynb #f38beede
 def _lettered(picture, letters, height):
