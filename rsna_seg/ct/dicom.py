@@ -27,15 +27,12 @@ from rsna_seg.ct.scan import (
 from ..files import RsnaSegError, ScanError
 
 # %% ../../nbs/ct/04_dicom.ipynb #e66aae16
-_OTHERS = (RsnaSegError, OSError, EOFError, MemoryError, InvalidDicomError, UserWarning)
-
-
 @contextmanager
 def _damaged(path):
-    "Turns what pydicom and numpy meet in the header of a damaged file into a `ScanError`."
+    "Turns what pydicom and numpy meet in a damaged file into a `ScanError`."
     try:
         yield
-    except _OTHERS:
+    except (RsnaSegError, OSError, MemoryError):
         raise
     except Exception as error:  # pydicom's parsers raise nearly every kind
         raise ScanError(f"{path} has a damaged header ({error}); copy it again.") from error
@@ -53,23 +50,21 @@ _HEADER = [
 # %% ../../nbs/ct/04_dicom.ipynb #fef7d9e3
 def _read_file(path, **how):
     "The dataset of a DICOM file, None for another file; raises `ScanError` if it is cut short."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is said in a sentence
-            warnings.filterwarnings("error", "End of file reached before delimiter")
-            with _damaged(path):
-                dataset = pydicom.dcmread(path, **how)
-                for keyword in _HEADER:  # parsed here, where the file can be named
-                    dataset.get(keyword)
-    except UserWarning:
-        dataset = ()
-    except (InvalidDicomError, EOFError):
-        if path.suffix.lower() != ".dcm":
-            return None
-        dataset = ()
-    if not len(dataset):
+    with _damaged(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters is said in a sentence
+        warnings.filterwarnings("error", "End of file reached before delimiter")
+        try:
+            dataset = pydicom.dcmread(path, **how)
+            for keyword in _HEADER:  # parsed here, where the file can be named
+                dataset.get(keyword)
+            if len(dataset):
+                return dataset
+        except (InvalidDicomError, EOFError):
+            if path.suffix.lower() != ".dcm":
+                return None
+        except UserWarning:
+            pass
         raise ScanError(f"{path} is not whole; copy it again.")
-    return dataset
 
 # %% ../../nbs/ct/04_dicom.ipynb #4614a5c0
 def _decode(dataset, path):
@@ -173,9 +168,9 @@ def ct_series(
     return kept, tuple(notes)
 
 # %% ../../nbs/ct/04_dicom.ipynb #42e346b7
-def _one_series(folder):
+def _one_series(folder, files=()):
     "The (path, header) of the slices, and notes; raises `ScanError` unless it is one CT series."
-    all_series = dicom_series(folder, HELD)
+    all_series = dicom_series(list(files) or folder, HELD)
     if not all_series:
         what = "the folder of one CT series, or a NIfTI file"
         raise ScanError(f"{folder} holds no DICOM file; give {what}.")
@@ -293,8 +288,8 @@ def assemble(
     hu, in_file_order, affine = empty_volume(grid, np.int16)
     for k, (file, header) in enumerate(slices):
         in_file_order[:, :, k] = _slice_hu(file, header).T
-    towards_head = np.sign(slice_normal(affine) @ (LPS_RAS @ to_ras)[:3, 2])
-    positions = np.sort(along * towards_head) if axial else even_positions(affine, len(hu))
+    places = np.array([header.ImagePositionPatient for _, header in slices], float)
+    positions = np.sort(places @ slice_normal(affine)) if axial else even_positions(affine, len(hu))
     notes = (*notes, *copies, *filter(None, [uneven]))
     scan = Scan(hu, affine, grid, positions, path.name.removesuffix(".dcm"), notes)
     tilt = f"The gantry was tilted by {scan.tilt_deg:.1f} degrees; slices are used as they are."
@@ -309,11 +304,8 @@ def read_scan(
     path = Path(path)
     if not path.exists():
         raise ScanError(f"{path} does not exist; give a folder of DICOM files or a NIfTI file.")
-    if files:
-        series = dicom_series(list(files), HELD).values()
-        return assemble([slice_ for slices in series for slice_ in slices], (), path)
-    if path.is_dir():
-        return assemble(*_one_series(path), path)
+    if files or path.is_dir():
+        return assemble(*_one_series(path, files), path)
     if nifti_format(path):
         return nifti_scan(path)
     header = _read_file(path, stop_before_pixels=True, specific_tags=_HEADER)
@@ -331,16 +323,13 @@ def _segment_class(segment, labels, path):
     "The class of a segment by its code, else by its label; raises `DataError`."
     from highdicom.sr import CodedConcept
 
-    def means(concept, code):
-        return concept == CodedConcept(code, "SCT", "-")
-
-    kind, side = segment.segmented_property_type, 0
-    for item in kind.get("SegmentedPropertyTypeModifierCodeSequence") or ():
-        modifier = CodedConcept.from_dataset(item)
-        side = next((_SIDES[code] for code in _SIDES if means(modifier, code)), side)
+    kind = segment.segmented_property_type
+    items = kind.get("SegmentedPropertyTypeModifierCodeSequence") or ()
+    modifiers = [CodedConcept.from_dataset(item) for item in items]
+    side = sum(s for code, s in _SIDES.items() if CodedConcept(code, "SCT", "-") in modifiers)
     for organ in ORGANS:
-        codes = [*organ.snomed, *([organ.paired] if organ.paired and side == organ.side else [])]
-        if any(means(kind, code) for code in codes):
+        both_sides = [organ.paired] if organ.paired and side == organ.side else []
+        if kind in [CodedConcept(code, "SCT", "-") for code in (*organ.snomed, *both_sides)]:
             return organ.id
     return labels.class_of(segment.segment_label, path)
 

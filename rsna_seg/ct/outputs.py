@@ -58,49 +58,39 @@ def probability_file(
     scan: Scan,
 ):  # an array to be filled slice by slice, float16, (z, class, row, col)
     "HDF5 with probabilities on the scan's grid, whole or not there."
-    z, rows, cols = scan.hu.shape
-    one_slice = len(CLASSES), rows, cols
-    packing = {"chunks": (1, *one_slice), "compression": "gzip", "compression_opts": 1}
+    z, *rows_cols = scan.hu.shape
+    one_slice = len(CLASSES), *rows_cols
+    packing = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    packing |= {"shape": (z, *one_slice), "dtype": "float16", "chunks": (1, *one_slice)}
     with writing(path), whole_file(path) as part, h5py.File(part, "w") as file:
-        stored = file.create_dataset(
-            "probabilities", (z, *one_slice), "float16", shuffle=True, **packing
-        )
+        stored = file.create_dataset("probabilities", **packing)
         stored.attrs["classes"] = [c.key for c in CLASSES]
         stored.attrs["affine_lps"] = scan.affine  # (z, row, col, 1) -> mm
         stored[:, 0] = 1  # what is not computed is background
         yield stored
 
-# %% ../../nbs/ct/07_outputs.ipynb #d6276456
-_DATES = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
-
-
-def _is_readable(header, tag):
-    "Whether a header has the element and, if it is a date or a time, pydicom can read it."
-    if header.get(tag) is None:
-        return False
-    try:
-        _DATES.get(tag, str)(header[tag].value)
-    except (ValueError, TypeError):
-        return False
-    return True
-
 # %% ../../nbs/ct/07_outputs.ipynb #5a4cfa0f
 _UIDS = ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
-_MAY_BE_EMPTY = (
-    *_DATES, "PatientID", "PatientName", "PatientSex", "AccessionNumber", "StudyID",
-    "ReferringPhysicianName",
-)  # fmt: skip
+_MAY_BE_EMPTY = {  # and how pydicom reads them
+    "PatientID": str, "PatientName": str, "PatientBirthDate": DA, "PatientSex": str,
+    "AccessionNumber": str, "StudyID": str, "StudyDate": DA, "StudyTime": TM,
+    "ReferringPhysicianName": str,
+}  # fmt: skip
 
 
 def _fill(header, scan):
     "Writes into a slice's header what the standard requires and it lacks."
-    for tag in _MAY_BE_EMPTY:
-        if not _is_readable(header, tag):
+    for tag, kind in _MAY_BE_EMPTY.items():
+        try:
+            readable = kind(header[tag].value) is not None and header[tag].value is not None
+        except (KeyError, ValueError, TypeError):
+            readable = False
+        if not readable:
             setattr(header, tag, "")
     if header.PatientSex not in ("M", "F", "O"):
         header.PatientSex = ""
-    pixels = hashlib.sha256(np.ascontiguousarray(scan.hu)).hexdigest()
-    series = str(header.get("SeriesInstanceUID") or pixels)
+    series = header.get("SeriesInstanceUID")
+    series = str(series or hashlib.sha256(np.ascontiguousarray(scan.hu)).hexdigest())
     for tag in _UIDS:
         if not header.get(tag):
             setattr(header, tag, generate_uid(entropy_srcs=[series, tag]))
@@ -109,7 +99,7 @@ def _fill(header, scan):
     header.SliceThickness = header.get("SliceThickness") or scan.spacing[0]
     header.pop("SpacingBetweenSlices", None)  # often wrong; the positions tell
 
-# %% ../../nbs/ct/07_outputs.ipynb #0025a3a4
+# %% ../../nbs/ct/07_outputs.ipynb #2d7e6bc9
 _OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient")
 
 
@@ -134,8 +124,8 @@ def source_headers(
     if not scan.source.files:
         raise OutputError(f"{scan.source.path} has no DICOM series to refer to; use NIfTI.")
     first, *others = scan.source.files
-    headers = [_read_header(first), *(_read_header(path, list(_OF_ONE)) for path in others)]
-    first, taken = headers[0], set()
+    first = _read_header(first)
+    headers, taken = [first, *(_read_header(path, list(_OF_ONE)) for path in others)], set()
     _fill(first, scan)
     for header in headers:
         for tag in _OF_ALL:
@@ -163,20 +153,19 @@ def organ_codes(
 # %% ../../nbs/ct/07_outputs.ipynb #5aeb0e45
 def _to_write(mask, scan, organs):
     "The organs that have a voxel, and a sentence on the others; raises an `RsnaSegError`."
+    name, known = scan.name, ", ".join(ALL_ORGANS)
     if mask.shape != scan.hu.shape:
-        sizes = f"{mask.shape} voxels (z, row, col) but the scan {scan.name} has {scan.hu.shape}"
+        sizes = f"{mask.shape} voxels (z, row, col) but the scan {name} has {scan.hu.shape}"
         raise ScanError(f"The mask has {sizes}.")
     if mask.dtype.kind not in "biu" or mask.min() < 0 or mask.max() >= len(CLASSES):
-        classes = f"the classes 0 to {len(CLASSES) - 1}"
-        raise ScanError(f"The mask of {scan.name} holds other values than {classes}.")
+        raise ScanError(f"The mask of {name} holds other values than 0 to {len(CLASSES) - 1}.")
     if unknown := sorted(set(organs) - set(ALL_ORGANS)):
-        known = ", ".join(ALL_ORGANS)
         raise ConfigError(f"There is no organ {unknown[0]}; the organs are {known}.")
     voxels = sum(np.bincount(plane.ravel(), minlength=len(CLASSES)) for plane in mask)
     seen = [o for o in ORGANS if o.key in organs and voxels[o.id]]
     absent = in_words([key for key in organs if key not in [o.key for o in seen]])
     if not seen:
-        nothing = f"Nothing was found in {scan.name} (looked for: {absent})"
+        nothing = f"Nothing was found in {name} (looked for: {absent})"
         raise OutputError(f"{nothing}, and DICOM has no empty mask; use NIfTI.")
     return seen, f"Not found: {absent}" if absent else "All organs found that were looked for"
 
@@ -205,7 +194,7 @@ def _described(algorithm, description):
         "specific_character_set": "ISO_IR 192",  # UTF-8
     }  # fmt: skip
 
-# %% ../../nbs/ct/07_outputs.ipynb #0283b54b
+# %% ../../nbs/ct/07_outputs.ipynb #fc68e38e
 def _type_code(organ):
     "The item of a code sequence that says what the organ is."
     kind, side = organ_codes(organ)
@@ -215,8 +204,9 @@ def _type_code(organ):
         item.SegmentedPropertyTypeModifierCodeSequence = [modifier]
     return item
 
-
+# %% ../../nbs/ct/07_outputs.ipynb #7297014d
 def _save(dataset, path):
+    "Writes the object as a DICOM file; returns the path."
     with writing(path), whole_file(path) as part:
         dataset.save_as(part, enforce_file_format=True)
     return Path(path)
@@ -311,9 +301,8 @@ def _item(**elements):
 
 def _refers_to(header):
     "The item that names a slice."
-    return _item(
-        ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID
-    )
+    kind, uid = header.SOPClassUID, header.SOPInstanceUID
+    return _item(ReferencedSOPClassUID=kind, ReferencedSOPInstanceUID=uid)
 
 # %% ../../nbs/ct/07_outputs.ipynb #6bb5088f
 _CONTOUR_DATA = Tag("ContourData")
@@ -353,13 +342,11 @@ def _referenced_series(headers):
         ContourImageSequence=[_refers_to(header) for header in headers],
     )
     study = _item(
-        ReferencedSOPClassUID=_STUDY_CLASS,
+        ReferencedSOPClassUID=_STUDY_CLASS, RTReferencedSeriesSequence=[series],
         ReferencedSOPInstanceUID=headers[0].StudyInstanceUID,
-        RTReferencedSeriesSequence=[series],
-    )
-    return _item(
-        FrameOfReferenceUID=headers[0].FrameOfReferenceUID, RTReferencedStudySequence=[study]
-    )
+    )  # fmt: skip
+    frame = headers[0].FrameOfReferenceUID
+    return _item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
 
 # %% ../../nbs/ct/07_outputs.ipynb #90d37036
 def _roi(organ, number, contours, header, algorithm):
@@ -390,8 +377,8 @@ def save_rtstruct(
     "Writes a structure set with an ROI for each organ found; raises an `RsnaSegError`."
     seen, sentence = _to_write(mask, scan, organs)
     with _headers_as_they_are(path):
-        headers = source_headers(scan)
-        first, contours = headers[0], _contours(mask, scan, seen, headers)
+        first, *_ = headers = source_headers(scan)
+        contours = _contours(mask, scan, seen, headers)
         dataset = hd.base.SOPClass(
             study_instance_uid=first.StudyInstanceUID, sop_class_uid=RTStructureSetStorage,
             modality="RTSTRUCT", series_number=902,
