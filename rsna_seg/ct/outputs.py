@@ -283,15 +283,7 @@ def outlines(
         rings.append(_turning_points(outer))
     return rings
 
-# %% ../../nbs/ct/07_outputs.ipynb #b70e6e01
-def _to_patient(ring, header):
-    "Vertices (row, col) of a slice in mm, LPS, (vertices, 3)."
-    across, down = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
-    row_mm, col_mm = (float(mm) for mm in header.PixelSpacing)
-    steps = np.stack([down * row_mm, across * col_mm])
-    return np.array(header.ImagePositionPatient, float) + ring @ steps
-
-# %% ../../nbs/ct/07_outputs.ipynb #06b7830a
+# %% ../../nbs/ct/07_outputs.ipynb #7f16b058
 def _item(**elements):
     "A dataset with these elements."
     item = Dataset()
@@ -308,12 +300,11 @@ def _refers_to(header):
 _CONTOUR_DATA = Tag("ContourData")
 
 
-def _contour(ring, header):
-    "The item of a contour sequence."
-    item = _item(ContourImageSequence=[_refers_to(header)], NumberOfContourPoints=len(ring))
+def _contour(points, header):
+    "The item of a contour sequence from vertices in LPS mm, (vertices, 3)."
+    item = _item(ContourImageSequence=[_refers_to(header)], NumberOfContourPoints=len(points))
     item.ContourGeometricType = "CLOSED_PLANAR"
-    numbers = _to_patient(ring, header).ravel().tolist()
-    text = "\\".join([f"{mm:.4f}" for mm in numbers]).encode()
+    text = "\\".join([f"{mm:.4f}" for mm in points.ravel().tolist()]).encode()
     text += b" " * (len(text) % 2)
     item[_CONTOUR_DATA] = RawDataElement(_CONTOUR_DATA, "DS", len(text), text, 0, True, True)
     return item
@@ -323,12 +314,14 @@ def _contours(mask, scan, organs, headers):
     "The items of each organ's contour sequence, by id."
     contours = {o.id: [] for o in organs}
     for plane, header in zip(in_source_order(mask, scan).T, headers):
+        to_patient = hd.spatial.ImageToReferenceTransformer.for_image(header)
         boxes = ndimage.find_objects(plane.astype(np.uint8))
         for organ, box in enumerate(boxes, 1):
             if box and organ in contours:
-                corner = [side.start for side in box]
+                corner = [side.start + 0.5 for side in box]  # 0.5 is a pixel's centre there
                 rings = outlines(plane[box] == organ)
-                contours[organ] += [_contour(ring + corner, header) for ring in rings]
+                points = [to_patient((ring + corner)[:, ::-1]) for ring in rings]
+                contours[organ] += [_contour(ring, header) for ring in points]
     return contours
 
 # %% ../../nbs/ct/07_outputs.ipynb #4277e1ea
