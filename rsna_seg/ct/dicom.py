@@ -59,11 +59,9 @@ def _read_file(path, **how):
                 dataset.get(keyword)
             if len(dataset):
                 return dataset
-        except (InvalidDicomError, EOFError):
-            if path.suffix.lower() != ".dcm":
+        except (InvalidDicomError, EOFError, UserWarning) as error:
+            if path.suffix.lower() != ".dcm" and not isinstance(error, UserWarning):
                 return None
-        except UserWarning:
-            pass
         raise ScanError(f"{path} is not whole; copy it again.")
 
 # %% ../../nbs/ct/04_dicom.ipynb #4614a5c0
@@ -336,7 +334,7 @@ def _segment_class(segment, labels, path):
 # %% ../../nbs/ct/04_dicom.ipynb #7b0b32d9
 def _open_seg(path, labels):
     "highdicom's object for a SEG of bit planes, and the class of each segment; raises `ScanError`."
-    from highdicom.seg import Segmentation  # takes a tenth of a second, and most scans have no SEG
+    from highdicom.seg import Segmentation  # slow to import, and most scans have no SEG
 
     dataset = _read_file(Path(path))
     if dataset is None or dataset.get("Modality") != "SEG":
@@ -383,16 +381,16 @@ def read_seg(
     from highdicom.spatial import PixelToReferenceTransformer
 
     if io_orientation(scan.source.affine)[2, 0] != 2:
-        where = f"{scan.source.path} was not scanned along the body's axis"
-        raise ScanError(f"{where}; DICOM SEG is read for axial slices.")
-    mask, segment = np.zeros(scan.hu.shape, np.uint8), "SegmentIdentificationSequence"
+        raise ScanError(f"{scan.source.path} is not axial; DICOM SEG is read for axial slices.")
+    mask = np.zeros(scan.hu.shape, np.uint8)
     for path in paths:
         seg, classes = _open_seg(path, labels)
         with _damaged(path):
             shared = seg.SharedFunctionalGroupsSequence[0]
             for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence, 1):
-                item = (frame.get(segment) or shared.get(segment))[0]
-                if organ := classes[item.ReferencedSegmentNumber]:
+                groups = {e.keyword: e.value for e in (*shared, *frame)}
+                segment = groups["SegmentIdentificationSequence"][0].ReferencedSegmentNumber
+                if organ := classes[segment]:
                     place = PixelToReferenceTransformer.for_image(seg, frame_number=number).affine
                     plane = in_source_order(mask, scan)[:, :, _slice_of(place, scan, path)]
                     add_organ(plane, seg.get_stored_frame(number).T.astype(bool), organ, path)
