@@ -16,7 +16,7 @@ import pydicom
 from nibabel.orientations import io_orientation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import pixel_array
-from pydicom.uid import RLELossless, SecondaryCaptureImageStorage
+from pydicom.uid import SecondaryCaptureImageStorage
 
 from .labels import LabelMap, label_map
 from .nifti import add_organ, nifti_format, nifti_scan
@@ -71,7 +71,7 @@ def _decode(dataset, path):
         raise ScanError(f"{path} has no pixels; leave it out of the folder.")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     try:
-        return pixel_array(dataset, decoding_plugin="pylibjpeg" if syntax == RLELossless else "")
+        return pixel_array(dataset)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # each decoder has its own; one in Rust raises no Exception
