@@ -150,7 +150,8 @@ def ct_series(
     series: dict,  # SeriesInstanceUID -> list of (path, header), from `dicom_series`
 ) -> tuple[dict, tuple]:
     "The series that are CT, without what is no slice, and notes on what was left out."
-    kept, others = {}, {}
+    kept = {}
+    others = {}
     for uid, files in series.items():
         for path, header in files:
             if why := _why_no_slice(header):
@@ -159,10 +160,8 @@ def ct_series(
                 kept.setdefault(uid, []).append((path, header))
     notes = []
     for (_, why), paths in others.items():
-        if paths[1:]:
-            notes.append(f"{paths[0]} and {len(paths) - 1} more are left out: they are {why}.")
-        else:
-            notes.append(f"{paths[0]} is left out: it is {why}.")
+        more = f", as are {len(paths) - 1} more files" if paths[1:] else ""
+        notes.append(f"{paths[0]} is left out: it is {why}{more}.")
     return kept, tuple(notes)
 
 # %% ../../nbs/ct/04_dicom.ipynb #42e346b7
@@ -170,8 +169,7 @@ def _one_series(folder, files=()):
     "The (path, header) of the slices, and notes; raises `ScanError` unless it is one CT series."
     all_series = dicom_series(list(files) or folder, HELD)
     if not all_series:
-        what = "the folder of one CT series, or a NIfTI file"
-        raise ScanError(f"{folder} holds no DICOM file; give {what}.")
+        raise ScanError(f"{folder} holds no DICOM file; give a folder of DICOM or a NIfTI file.")
     series, notes = ct_series(all_series)
     if not series:
         raise ScanError(f"{folder} holds no CT slice: {notes[0]}")
@@ -221,7 +219,8 @@ def _by_position(slices):
     directions = np.array(slices[0][1].ImageOrientationPatient, float)
     along = places @ np.cross(directions[:3], directions[3:])
     order = np.argsort(along, kind="stable")
-    kept, notes = [order[0]], []
+    kept = [order[0]]
+    notes = []
     for i in order[1:]:
         (path, header), (path_before, header_before) = slices[i], slices[kept[-1]]
         if along[i] - along[kept[-1]] > 0.01:
@@ -257,7 +256,8 @@ def _gap_note(slices, along):
     gaps = np.diff(along)
     if not len(gaps) or np.ptp(gaps) < 0.1:
         return ""
-    usual, widest = np.median(gaps), int(gaps.argmax())
+    usual = np.median(gaps)
+    widest = int(gaps.argmax())
     files = " and ".join(path.name for path, _ in slices[widest : widest + 2])
     missing = "; slices may be missing" if gaps.max() > 1.5 * usual else ""
     return (
@@ -276,13 +276,14 @@ def assemble(
     first = slices[0][1]
     with _damaged(slices[0][0]):
         to_ras = _series_affine(slices)
-    axial, uneven = io_orientation(to_ras)[2, 0] == 2, _gap_note(slices, along)
+    axial = io_orientation(to_ras)[2, 0] == 2
+    uneven = _gap_note(slices, along)
     if uneven and not axial:
         raise ScanError(f"{path} was not scanned along the body's axis, and unevenly: {uneven}")
     thickness = first.get("SpacingBetweenSlices") or first.get("SliceThickness")
-    measured, files = bool(slices[1:] or thickness), tuple(file for file, _ in slices)
     shape = int(first.Columns), int(first.Rows), len(slices)
-    grid = Grid(path, shape, to_ras, files=files, measured=measured)
+    files = tuple(file for file, _ in slices)
+    grid = Grid(path, shape, to_ras, files=files, measured=bool(slices[1:] or thickness))
     hu, in_file_order, affine = empty_volume(grid, np.int16)
     for k, (file, header) in enumerate(slices):
         in_file_order[:, :, k] = _slice_hu(file, header).T
@@ -361,7 +362,8 @@ def _slice_of(plane, scan, path):
     if np.abs(plane[:3, :2] - source[:3, :2]).max() > 1e-3:
         what = f"other directions or pixels than the scan {scan.name}"
         raise ScanError(f"{path} has {what}; segment the scan itself.")
-    normal, corner = slice_normal(scan.affine), plane[:3, 3]
+    normal = slice_normal(scan.affine)
+    corner = plane[:3, 3]
     nearest = int(np.abs(scan.positions - normal @ corner).argmin())
     steps = normal @ (corner - source[:3, 3]) / (normal @ source[:3, 2])
     beside = corner - source[:3, 3] - steps * source[:3, 2]  # within the slice's plane

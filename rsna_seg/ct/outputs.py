@@ -125,7 +125,8 @@ def source_headers(
         raise OutputError(f"{scan.source.path} has no DICOM series to refer to; use NIfTI.")
     first, *others = scan.source.files
     first = _read_header(first)
-    headers, taken = [first, *(_read_header(path, list(_OF_ONE)) for path in others)], set()
+    headers = [first, *(_read_header(path, list(_OF_ONE)) for path in others)]
+    taken = set()
     _fill(first, scan)
     for header in headers:
         for tag in _OF_ALL:
@@ -153,13 +154,14 @@ def organ_codes(
 # %% ../../nbs/ct/07_outputs.ipynb #5aeb0e45
 def _to_write(mask, scan, organs):
     "The organs that have a voxel, and a sentence on the others; raises an `RsnaSegError`."
-    name, known = scan.name, ", ".join(ALL_ORGANS)
+    name = scan.name
     if mask.shape != scan.hu.shape:
         sizes = f"{mask.shape} voxels (z, row, col) but the scan {name} has {scan.hu.shape}"
         raise ScanError(f"The mask has {sizes}.")
     if mask.dtype.kind not in "biu" or mask.min() < 0 or mask.max() >= len(CLASSES):
         raise ScanError(f"The mask of {name} holds other values than 0 to {len(CLASSES) - 1}.")
     if unknown := sorted(set(organs) - set(ALL_ORGANS)):
+        known = ", ".join(ALL_ORGANS)
         raise ConfigError(f"There is no organ {unknown[0]}; the organs are {known}.")
     voxels = sum(np.bincount(plane.ravel(), minlength=len(CLASSES)) for plane in mask)
     seen = [o for o in ORGANS if o.key in organs and voxels[o.id]]
@@ -271,7 +273,8 @@ def outlines(
     inside: np.ndarray,  # bool, (row, col)
 ) -> list[np.ndarray]:  # closed rings, (vertices, 2): row and col; pixels' centres are whole
     "A ring around each piece, half a pixel outside of its pixels' centres, holes joined to it."
-    pieces, rings = ndimage.label(inside)[0], []
+    pieces = ndimage.label(inside)[0]
+    rings = []
     for number, where in enumerate(ndimage.find_objects(pieces), 1):
         around = np.pad(pieces[where] == number, 1)  # so that what touches the border is closed too
         corner = [side.start - 1 for side in where]
