@@ -152,11 +152,11 @@ def mid_planes(
     sizes = np.maximum(1, np.rint(sizes * height / sizes[:, 0].max())).astype(int)
     strips = []
     for (where, letters), (tall, wide) in zip(planes, sizes):
-        grey = cv2.resize(np.ascontiguousarray(window(scan.hu[where])), (wide, tall))
-        classes = np.zeros_like(scan.hu[where], np.uint8) if mask is None else mask[where]
-        classes = cv2.resize(
-            np.ascontiguousarray(classes), (wide, tall), interpolation=cv2.INTER_NEAREST_EXACT
-        )
+        grey = np.ascontiguousarray(window(scan.hu[where]))
+        smooth = cv2.INTER_AREA if tall < len(grey) else cv2.INTER_LINEAR
+        classes = np.zeros_like(grey) if mask is None else np.ascontiguousarray(mask[where])
+        grey = cv2.resize(grey, (wide, tall), interpolation=smooth)
+        classes = cv2.resize(classes, (wide, tall), interpolation=cv2.INTER_NEAREST_EXACT)
         strips.append(_lettered(overlay(grey, classes), letters, height))
     return np.concatenate(strips, axis=1)
 
