@@ -32,7 +32,7 @@ from rsna_seg.ct.organs import CLASSES
 from rsna_seg.ct.saved import save_segmentation
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.scan import read_scan
+from rsna_seg.ct.dicom import read_scan
 
 SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
 NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself

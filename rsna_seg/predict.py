@@ -29,9 +29,11 @@ from .files import ConfigError
 from .ct.inputs import opened
 from .model import ALL_ORGANS, file_sha256, load_checkpoint, marginal_logits
 from .ct.organs import CLASSES, ORGANS, palette
-from .ct.saved import probability_file, save_segmentation
+from .ct.outputs import probability_file
+from .ct.saved import save_segmentation
 from .anatomy.repair import PostprocessConfig, postprocess
-from .ct.scan import Scan, save_nifti, to_square, window
+from .ct.scan import Scan, to_square, window
+from .ct.nifti import save_nifti
 
 # %% ../nbs/06_predict.ipynb #b4d70ae1
 def from_square(

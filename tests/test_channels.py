@@ -16,7 +16,8 @@ from rsna_seg.scoring.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.scan import read_scan, window
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.scan import window
 from rsna_seg.ct.find import find_source
 from rsna_seg.train import TrainConfig, train
 

@@ -18,7 +18,8 @@ from rsna_seg.ct.outputs import outlines, save_dicom_seg, save_rtstruct, source_
 from rsna_seg.files import ConfigError, OutputError, RsnaSegError, ScanError
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import write_mask, write_series
-from rsna_seg.ct.scan import in_source_order, read_scan, read_seg
+from rsna_seg.ct.scan import in_source_order
+from rsna_seg.ct.dicom import read_scan, read_seg
 
 hd = pytest.importorskip("highdicom")
 
@@ -35,6 +36,7 @@ CASES = {  # directions of rows down and columns across in LPS, and what else is
     "oblique": ((0, 0.96, -0.28), (1, 0, 0), {}),
     "uneven": ((0, 1, 0), (1, 0, 0), {"gaps": (3, 3, 1, 1, 5, 12, 3)}),
     "uneven and falling": ((0, -1, 0), (-1, 0, 0), {"gaps": (3, 3, 1, 1, 5, 12, 3), "falling": True}),
+    "tilt and uneven": ((0, 1, 0), (1, 0, 0), {"lean": 0.3, "gaps": (3, 3, 1, 1, 5, 12, 3)}),
     "single": ((0, 1, 0), (1, 0, 0), {"gaps": ()}),
     "coronal": ((0, 0, -1), (1, 0, 0), {}),
 }

@@ -21,7 +21,8 @@ from rsna_seg.model import Card, build_model, read_card, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.scan import read_mask, read_scan
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.find import find_source
 from rsna_seg.train import TrainConfig, train
 

@@ -19,7 +19,9 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from rsna_seg.files import ConfigError, DataError, RsnaSegError, ScanError
 from rsna_seg.ct.inputs import from_array, hu_of_grey, is_one_scan, list_series, opened, read_input, scan_table
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
-from rsna_seg.ct.scan import in_source_order, read_scan, save_nifti, window
+from rsna_seg.ct.scan import in_source_order, window
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.nifti import save_nifti
 
 
 @pytest.fixture(scope="module")

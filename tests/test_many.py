@@ -208,7 +208,7 @@ def test_each_process_has_its_own_gpu(monkeypatch, rank, asked, given):
 def test_a_table_of_scans(job, scans, tmp_path, read, capsys):
     "Names, paths from the table's folder, spacing of pictures; another spacing or path of a name is another scan."
     from rsna_seg.ct.inputs import read_input
-    from rsna_seg.ct.saved import save_png_masks
+    from rsna_seg.ct.outputs import save_png_masks
     from rsna_seg.ct.scan import window
 
     scan = read_input(scans / "ann.nii")

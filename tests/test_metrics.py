@@ -12,7 +12,8 @@ from sklearn import metrics as sk
 from rsna_seg.scoring.metrics import Confusion, dice, iou, slice_confusions, volume_dice
 from rsna_seg.ct.organs import CLASSES, ORGANS
 from rsna_seg.scoring.roc import RocHistogram, ScoreHistogram
-from rsna_seg.ct.scan import read_mask, read_scan
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.dicom import read_scan
 from rsna_seg.scoring.judge import Spacing, Tolerance, VolumeTally
 from rsna_seg.scoring.surfaces import SurfaceTally
 

@@ -14,7 +14,9 @@ from rsna_seg.files import ConfigError
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render
 from rsna_seg.anatomy.repair import PostprocessConfig, midline, postprocess
-from rsna_seg.ct.scan import Grid, Scan, read_mask, read_scan
+from rsna_seg.ct.scan import Grid, Scan
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.dicom import read_scan
 
 STEPS = {"sides": {"sides": True}, "largest": {"largest": True}, "min_piece": {"min_piece_ml": 1.0}, "fill_holes": {"fill_holes": True}}
 EVERY = PostprocessConfig(sides=True, largest=True, min_piece_ml=1.0, fill_holes=True)

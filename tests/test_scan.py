@@ -1,6 +1,7 @@
 "Geometry and pixel formats of DICOM: what is written at a place in the patient is read at that place, or refused by name."
 
 import gzip
+from dataclasses import replace
 
 import numpy as np
 import pydicom
@@ -12,7 +13,9 @@ from scipy.spatial.transform import Rotation
 
 from rsna_seg.files import ScanError
 from rsna_seg.ct.phantom import ENCODINGS, write_mask, write_series
-from rsna_seg.ct.scan import read_mask, read_scan, read_seg, save_nifti
+from rsna_seg.ct.nifti import read_mask, save_nifti
+from rsna_seg.ct.dicom import read_scan, read_seg
+from rsna_seg.ct.scan import Grid, mid_planes, on_grid
 
 SHAPE = (6, 5, 7)  # slices, rows, columns
 PLAIN = {"flip": False, "falling": False, "first": 1, "encoding": ENCODINGS[0], "nifti": False}
@@ -136,9 +139,9 @@ def test_transfer_syntaxes(volume, affine, tmp_path, syntax):
     volume = np.kron(volume, np.ones((1, 16, 16), np.int16))
     folder = write_series(tmp_path / "s", volume, affine, ENCODINGS[0], compress=False)
     for path in folder.glob("*.dcm"):
-        there = pydicom.dcmread(path)
-        dataset = pydicom.Dataset(there)  # forgets how it was stored
-        dataset.file_meta = there.file_meta
+        stored = pydicom.dcmread(path)
+        dataset = pydicom.Dataset(stored)  # forgets how it was stored
+        dataset.file_meta = stored.file_meta
         if syntax in (RLELossless, JPEG2000Lossless):
             dataset.compress(syntax, encoding_plugin="pylibjpeg")
         dataset.file_meta.TransferSyntaxUID = syntax
@@ -217,3 +220,25 @@ def test_cut_files_are_named(volume, affine, tmp_path):
         with pytest.raises(ScanError) as error:
             read_scan(folder)
         assert str(path) in str(error.value)
+
+
+def test_a_scan_says_what_it_is(volume, affine, tmp_path):
+    affine[1, 0] = 0.25 * affine[2, 0]
+    scan = replace(read_scan(write_series(tmp_path / "s", volume, affine)), name="<b>")
+    html = scan._repr_html_()
+    assert "&lt;b&gt;" in html and "6 slices of 5 × 7 pixels, 3.09 × 0.80 × 0.70 mm, LPS" in html
+    assert "<li>The gantry was tilted by 14.0 degrees" in html
+    unmeasured = replace(scan, source=replace(scan.source, measured=False))
+    assert "without a known spacing" in unmeasured._repr_html_()
+
+
+def test_the_planes_stand_upright():
+    "A bright block at the head, the back and the patient's left is at the right edges, and at the top."
+    hu = np.full((40, 40, 40), -1000, np.int16)
+    hu[20:, 20:, 20:] = 500
+    grid = Grid("memory", hu.shape, np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]))
+    axial, coronal, sagittal = np.split(mid_planes(on_grid(hu, grid), height=120)[..., 0], 3, axis=1)
+    assert axial[110, 110] == 255 and axial[10, 110] == axial[110, 10] == 0  # the letters are half way down
+    for upright in (coronal, sagittal):
+        assert upright[10, 110] == 255 and upright[110, 110] == upright[10, 10] == 0
+    assert axial[50:70, 2:20].max() > 200  # R

@@ -16,7 +16,8 @@ from rsna_seg.data import PrepareConfig, open_data, prepare
 from rsna_seg.files import DataError
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
-from rsna_seg.ct.scan import read_scan, window
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.scan import window
 from rsna_seg.ct.find import SourceConfig, find_source
 
 SIZE, SLICES = 64, 10

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from ..files import DataError, whole_file, writing
 from .labels import LabelMap, check_damage, label_map, mask_damage, mask_labels, named_labels, png_classes, png_values
 from .organs import ORGANS
-from rsna_seg.ct.scan import (
-    ct_series, dicom_series, nifti_format, read_mask, read_organ_masks, read_scan, read_seg, seg_classes, window,
-)  # fmt: skip
+from .dicom import ct_series, dicom_series, read_scan, read_seg, seg_classes
+from .nifti import nifti_format, read_mask, read_organ_masks
+from .scan import window
 
 # %% ../../nbs/ct/05_find.ipynb #8e592710
 @dataclass(frozen=True)

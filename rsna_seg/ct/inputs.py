@@ -24,7 +24,9 @@ import pandas as pd
 from PIL import Image
 
 from ..files import ConfigError, DataError, RsnaSegError, ScanError
-from .scan import HELD, Grid, Scan, assemble, ct_series, dicom_series, nifti_format, on_grid, read_scan
+from .dicom import HELD, assemble, ct_series, dicom_series, read_scan
+from .scan import Grid, Scan, on_grid
+from .nifti import nifti_format
 from .find import unpack
 
 # %% ../../nbs/ct/10_inputs.ipynb #d94a635d
