@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rsna_seg.anatomy.checks import KINDS, check_segmentation, organ_facts
+from rsna_seg.anatomy.checks import KINDS, check_segmentation
+from rsna_seg.anatomy.measure import organ_facts
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import Segmentation
@@ -122,23 +123,23 @@ def test_contradictory_sides(patient):
     assert found(exchanged, scan, taught=SOLID) == [("sides", "right_kidney")]
     half = mask.copy()
     half[:15][half[:15] == 3] = 4
-    assert ("kidney_side", "right_kidney") in found(half, scan, taught=SOLID)
-    assert not {"sides", "kidney_side"} & kinds(half, scan, taught=("liver", "spleen"))
+    assert ("piece_side", "right_kidney") in found(half, scan, taught=SOLID)
+    assert not {"sides", "piece_side"} & kinds(half, scan, taught=("liver", "spleen"))
 
 
 def test_scans_of_other_parts_of_the_body(patient):
     scan, mask = patient
-    assert found(np.zeros_like(mask), scan) == [("outside_abdomen", "")]
+    assert found(np.zeros_like(mask), scan) == [("no_organs", "")]
     crumbs = np.zeros_like(mask)
     crumbs[20, 100:140, 100:140], crumbs[20, 200:205, 200:205] = 1, 5
-    assert found(crumbs, scan) == [("outside_abdomen", "")]
+    assert found(crumbs, scan) == [("no_organs", "")]
     rows, cols = np.indices(mask.shape[1:]) - 160
     head, chest = (np.full(mask.shape, -1000, np.int16) for _ in range(2))
     head[:, (rows / 75) ** 2 + (cols / 60) ** 2 < 1] = 40  # 220 cm2
     chest[:, (rows / 90) ** 2 + (cols / 130) ** 2 < 1] = 40
     chest[:, (rows / 70) ** 2 + ((np.abs(cols) - 60) / 45) ** 2 < 1] = -850
     for hu in (head, chest):
-        assert kinds(np.zeros_like(mask), replace(scan, hu=hu)) == {"content", "outside_abdomen"}
+        assert kinds(np.zeros_like(mask), replace(scan, hu=hu)) == {"content", "no_organs"}
     assert found(without(mask, 1, 2, 3, 4), scan, taught=("bowel",)) == [("cut_off", "bowel")]
 
 

@@ -13,7 +13,8 @@ from scipy.ndimage import binary_fill_holes, label
 from rsna_seg.files import ConfigError
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render
-from rsna_seg.anatomy.repair import PostprocessConfig, midline, postprocess
+from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
+from rsna_seg.anatomy.measure import midline
 from rsna_seg.ct.scan import Grid, Scan, read_mask, read_scan
 
 STEPS = {"sides": {"sides": True}, "largest": {"largest": True}, "min_piece": {"min_piece_ml": 1.0}, "fill_holes": {"fill_holes": True}}
