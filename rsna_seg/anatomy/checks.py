@@ -26,7 +26,7 @@ class Finding:
     organ: str  # key, or "" if it is about the scan
     text: str  # one sentence: what, how much, what to do
 
-# %% ../../nbs/anatomy/01_checks.ipynb #bd93aa78
+# %% ../../nbs/anatomy/01_checks.ipynb #b5c28ab8
 SENTENCES = {
     "damage": "{count} slices are not the files that were prepared, the first is {first}.",
     "sides": "{what}; compare with the source before using sides.",
@@ -42,8 +42,11 @@ SENTENCES = {
     " whole in it; use the whole series.",
     "not_axial": "The scan was not cut straight across the body ({why}), which the network never"
     " saw; use the axial series.",
-    "spacing": "{what}.",
-    "hu_scale": "The values run from {low} to {high} and {what}.",
+    "spacing": "{what}: trust the mask less, or use another reconstruction.",
+    "no_spacing": "How far slices, rows and columns are apart is not known, so that nothing could"
+    " be measured in mm or ml; give their spacing.",
+    "hu_scale": "The values run from {low} to {high} and hold no air (-1000 HU): {why}; read the"
+    " original series with its rescale intercept.",
     "content": "{what}; the network knows adult abdomens, check that this is the right series.",
     "missing": "No {name} was found: it may have been removed, lie outside the scan, or be missed;"
     " look at the scan.",
@@ -170,11 +173,12 @@ def _pieces(mask, scan, taught):
         if ml >= _PIECE_ML and {organ.key, partner.key} <= set(taught):
             yield _finding("piece_side", organ.key, ml=ml)
 
-# %% ../../nbs/anatomy/01_checks.ipynb #00583d7f
-def _mean(organs, column, attribute, word):
-    "Mean place of the organs whose row says so, and their keys."
-    keys = [o.key for o in ORGANS if getattr(o, attribute) == word and o.key in organs.index]
-    return organs[column].reindex(keys).mean(), keys
+# %% ../../nbs/anatomy/01_checks.ipynb #d531b6af
+def _gap(organs, column, attribute, words):
+    "How far organs of one word lie beyond those of the other, mm; both lists of organs in words."
+    keys = [[o.key for o in ORGANS if getattr(o, attribute) == word] for word in words]
+    beyond, below = (organs[column].reindex(names).mean() for names in keys)
+    return beyond - below, *(in_words(organs.index.intersection(names)) for names in keys)
 
 
 def upper_above_lower(
@@ -182,8 +186,8 @@ def upper_above_lower(
     slices: int,  # with a mask
 ) -> float:
     "How far the organs of the upper abdomen lie above the others; NaN if there is no telling."
-    upper, lower = (_mean(_sure(organs), "z_mm", "level", word)[0] for word in ("upper", "lower"))
-    return upper - lower if slices >= ENOUGH else np.nan
+    above, *_ = _gap(_sure(organs), "z_mm", "level", ("upper", "lower"))
+    return above if slices >= ENOUGH else np.nan
 
 # %% ../../nbs/anatomy/01_checks.ipynb #d6e74423
 _MISFIT, _MISFIT_ORGAN = 0.74, 0.55  # edge scores below which a mask, an organ, does not fit
@@ -203,20 +207,18 @@ def _fit(organs):
         what = f"The outline of the {ORGAN[key].name.lower()} does"
         yield _finding("fit", key, what=what, score=score)
 
-# %% ../../nbs/anatomy/01_checks.ipynb #52748084
+# %% ../../nbs/anatomy/01_checks.ipynb #8bbe4cbe
 def _order(organs, slices):
     flipped = _edge_scores(organs).mean() < _MISFIT
     mask_alone = "the mask may be flipped against its slices"
     why = mask_alone if flipped else "slices and mask may run the other way"
-    upper, upper_keys = _mean(organs, "z_mm", "level", "upper")
-    lower, lower_keys = _mean(organs, "z_mm", "level", "lower")
-    front, front_keys = _mean(organs, "y_mm", "depth", "front")
-    back, back_keys = _mean(organs, "y_mm", "depth", "back")
-    if upper < lower and slices >= ENOUGH:
-        what = f"{in_words(upper_keys).capitalize()} below {in_words(lower_keys)}"
+    above, upper, lower = _gap(organs, "z_mm", "level", ("upper", "lower"))
+    behind, back, front = _gap(organs, "y_mm", "depth", ("back", "front"))
+    if above < 0 and slices >= ENOUGH:
+        what = f"{upper.capitalize()} below {lower}"
         yield _finding("order", what=what, why=why, ends="head to feet")
-    if back < front and slices >= ENOUGH:
-        what = f"{in_words(back_keys).capitalize()} in front of {in_words(front_keys)}"
+    if behind < 0 and slices >= ENOUGH:
+        what = f"{back.capitalize()} in front of {front}"
         yield _finding("order", what=what, why=why, ends="front to back")
 
 # %% ../../nbs/anatomy/01_checks.ipynb #3107ca2f
@@ -283,10 +285,6 @@ def _direction(scan):
 # %% ../../nbs/anatomy/01_checks.ipynb #805619a0
 _SPACING = (0.0, 10.0), (0.3, 1.5), (0.3, 1.5)  # mm along z, row, col
 _LEEWAY = 1.1  # a tenth beyond training's is no matter
-_UNKNOWN = (
-    "How far slices, rows and columns are apart is not known, so that nothing could be measured"
-    " in mm or ml; give their spacing"
-)
 
 
 def _spacings(scan, trained):
@@ -299,23 +297,19 @@ def _spacings(scan, trained):
         if not low / leeway <= mm <= high * leeway
     ]
     if odd:
-        advice = "trust the mask less, or use another reconstruction"
-        yield _finding("spacing", what=f"The {' and '.join(odd)}: {advice}")
+        yield _finding("spacing", what=f"The {' and '.join(odd)}")
 
 # %% ../../nbs/anatomy/01_checks.ipynb #6f262039
 _CLIPPED_HU, _TISSUE_HU, _LUNG_HU = -500, -300, (-950, -500)
 _LUNG_SHARE, _SMALL_CM2 = 0.4, 250
-_RAW = (
-    "are never below 0: they are no Hounsfield units but raw values or a picture's; read the"
-    " original series with its rescale intercept"
-)
-_CLIPPED = "hold no air (-1000 HU): they were clipped to a window; use the original series"
 
 
 def _scale(scan):
     low, high = int(scan.hu.min()), int(scan.hu.max())
     if low > _CLIPPED_HU:
-        yield _finding("hu_scale", low=low, high=high, what=_RAW if low >= 0 else _CLIPPED)
+        raw = "they are no Hounsfield units but raw values or a picture's"
+        why = raw if low >= 0 else "they were clipped to a window"
+        yield _finding("hu_scale", low=low, high=high, why=why)
 
 
 def _content(scan):
@@ -357,7 +351,7 @@ def check_segmentation(
     facts = facts[facts.index.isin(taught)]
     scale = list(_scale(scan))
     if not scan.source.measured:
-        return [_finding("spacing", what=_UNKNOWN), *scale, *_missing(facts)]
+        return [_finding("no_spacing"), *scale, *_missing(facts)]
     spacings = _spacings(scan, trained_spacing)
     facts = facts.drop(columns="mean_hu") if scale else facts
     organs = check_organs(facts, len(mask))
@@ -378,19 +372,16 @@ def _slices(series):
     if abs(series.tilt_deg) > 0.5:
         yield _finding("tilt", degrees=series.tilt_deg)
 
-# %% ../../nbs/anatomy/01_checks.ipynb #75a5fdf4
+# %% ../../nbs/anatomy/01_checks.ipynb #9f867aaf
 def check_series(
     series: pd.Series,  # black, damage, least_step, largest_step, tilt_deg, masked, incomplete
     organs: pd.DataFrame,  # its labelled organs; measured and compared with other patients
 ) -> list[Finding]:
     "What is odd about a series of a data set and its mask."
-    slices = series.masked
-    suspects, notes = [], []
-    for finding in [*check_organs(organs, slices), *_odd(organs)] if slices else []:
-        if finding.kind in SUSPECT:
-            suspects.append(finding)
-        elif slices >= ENOUGH and (finding.kind != "cut_off" or ORGAN[finding.organ].solid):
-            notes.append(finding)
-    if series.incomplete and not any(f.kind == "cut_off" for f in notes):
+    findings = [*check_organs(organs, series.masked), *_odd(organs)] if series.masked else []
+    suspects = [f for f in findings if f.kind in SUSPECT]
+    notes = [f for f in findings if f not in suspects and series.masked >= ENOUGH]
+    notes = [f for f in notes if f.kind != "cut_off" or ORGAN[f.organ].solid]
+    if series.incomplete and "cut_off" not in {f.kind for f in notes}:
         notes.append(_finding("incomplete"))
     return [*suspects, *notes, *_slices(series)]

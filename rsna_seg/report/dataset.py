@@ -21,8 +21,9 @@ from ..files import DataError, whole_file, writing
 from .page import Section, write_report
 from .plots import Paper, organ_legend
 
-# %% ../../nbs/report/04_dataset.ipynb #96627c22
+# %% ../../nbs/report/04_dataset.ipynb #0aef85ef
 _RED = "#CC3311"
+_COLORS = {o.key: o.color for o in ORGANS}
 
 
 def _short(name, length=12):
@@ -30,45 +31,35 @@ def _short(name, length=12):
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def _ring(ax, x, y, patient):
-    "Rings a dot in red and names its patient."
-    ax.scatter(x, y, s=90, facecolors="none", edgecolors=_RED, linewidths=1.3, zorder=4)
+def _ring(ax, places, patients):
+    "Rings dots in red and names their patients."
+    ax.scatter(*np.transpose(places), s=90, facecolors="none", edgecolors=_RED, zorder=4)
     style = {"textcoords": "offset points", "fontsize": 8, "color": _RED}
-    ax.annotate(_short(patient), (x, y), (8, -3), **style)
-
-
-def _bare(*axes):
-    "Panels without a frame on top and at the right."
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+    for place, patient in zip(places, patients):
+        ax.annotate(_short(patient), place, (8, -3), **style)
 
 # %% ../../nbs/report/04_dataset.ipynb #f35f9047
 def sides_figure(
     quality: Quality,
 ):
     "The organs' centres in all series, seen from the front."
-    organs, suspects = quality.organs, quality.suspects
-    series_of = [organs.patient, organs.series]
-    up = organs.z_mm - organs.z_mm.groupby(series_of).transform("mean")
-    look = suspects[suspects.kind.isin(["sides", "order"])][["patient", "series"]]
-    look = look.drop_duplicates()[:12]
-    ringed = pd.MultiIndex.from_arrays(series_of).isin(pd.MultiIndex.from_frame(look))
-    fig = Paper(11.5, 5.6)
-    ax = fig.subplots()
-    for o in ORGANS:
-        own = organs.organ == o.key
-        size = 36 if own.sum() < 60 else 16
-        ax.scatter(organs.side[own], up[own], s=size, color=o.color, alpha=0.75, linewidths=0)
-    for x, y, patient in zip(organs.side[ringed], up[ringed], organs.patient[ringed]):
-        _ring(ax, x, y, patient)
-    ax.axvline(0, color="#777777", linewidth=0.8, linestyle=":")
-    located = quality.series.located
+    organs, located = quality.organs, quality.series.located
+    suspects = quality.suspects[quality.suspects.kind.isin(["sides", "order"])]
+    keys = pd.MultiIndex.from_frame(organs[["patient", "series"]])
+    up = organs.z_mm - organs.z_mm.groupby(keys).transform("mean")
+    look = pd.MultiIndex.from_frame(suspects[["patient", "series"]]).unique()[:12]
+    ringed = keys.isin(look)
     unit = "mm" if located.all() else "mm or slices" if located.any() else "slices"
     across = "distance from the body's middle, in half widths"
+    fig = Paper(11.5, 5.6)
+    ax = fig.subplots()
+    size = 36 if len(organs) < 300 else 16
+    ax.scatter(organs.side, up, s=size, c=organs.organ.map(_COLORS), alpha=0.75, linewidths=0)
+    _ring(ax, np.c_[organs.side, up][ringed], organs.patient[ringed])
+    ax.axvline(0, color="#777777", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"{across}: patient's right  ←  →  patient's left")
     ax.set_ylabel(f"height above the mean of the series, {unit}")
     ax.grid(alpha=0.25)
-    _bare(ax)
     organ_legend(fig, list(organs.organ.unique()))
     return fig
 
@@ -77,57 +68,52 @@ def volume_figure(
     quality: Quality,
 ):
     "The organs' volumes in all series, with medians and the names of odd ones."
-    measure = "ml" if quality.organs.ml.notna().any() else "voxels"
-    organs = quality.organs.dropna(subset=[measure])
-    shown = [o for o in ORGANS if (organs.organ == o.key).any()]
+    known = quality.organs.ml.notna()
+    measure, unit = ("ml", "ml") if known.any() else ("voxels", "pixels of all slices")
+    organs = quality.organs[known | ~known.any()]
+    order = [o.key for o in ORGANS if (organs.organ == o.key).any()]
+    jitter = 0.5 * ((np.arange(len(organs)) * 0.618) % 1 - 0.5)
+    places = np.c_[organs.organ.map(order.index) + jitter, organs[measure].astype(float)]
+    colors, whole = organs.organ.map(_COLORS), (organs.edges == "") & ~organs.incomplete
     fig = Paper(11.5, 4.8)
     ax = fig.subplots()
-    for x, o in enumerate(shown):
-        own = organs[organs.organ == o.key]
-        size = own[measure].astype(float)
-        at = x + 0.5 * ((np.arange(len(own)) * 0.618) % 1 - 0.5)
-        fill = np.where((own.edges != "") | own.incomplete, "white", o.color)
-        box = {"widths": 0.64, "whis": (5, 95), "showfliers": False, "manage_ticks": False}
-        ax.boxplot(size, positions=[x], medianprops={"color": "black"}, **box)
-        ax.scatter(at, size, s=22, c=fill, edgecolors=o.color, zorder=3)
-        for i in np.flatnonzero(own.odd)[:8]:
-            _ring(ax, at[i], size.iloc[i], own.patient.iloc[i])
-    unit = "ml" if measure == "ml" else "pixels of all slices"
-    ax.set(yscale="log", ylabel=unit, xlim=(-0.6, len(shown) - 0.4))
-    ax.set_xticks(range(len(shown)), [o.name for o in shown])
+    by_organ = [places[organs.organ == key, 1] for key in order]
+    box = {"widths": 0.64, "whis": (5, 95), "showfliers": False}
+    ax.boxplot(by_organ, positions=range(len(order)), medianprops={"color": "black"}, **box)
+    fill = colors.where(whole, "white")
+    ax.scatter(*places.T, s=22, c=fill, edgecolors=colors, zorder=3)
+    _ring(ax, places[organs.odd], organs.patient[organs.odd])
+    ax.set(yscale="log", ylabel=unit)
+    ax.set_xticks(range(len(order)), [o.name for o in ORGANS if o.key in order])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.25, axis="y", which="both")
-    _bare(ax)
     return fig
 
 # %% ../../nbs/report/04_dataset.ipynb #dfc51ff7
 def spacing_figure(
     quality: Quality,
 ):
-    "Histograms over series: slice distance, pixel size, slices, those without organs, orientation."
+    "Histograms over series: slice distance, pixel size, slices, those without organs, axes."
     series = quality.series
-    without = 100 * series.without_organs / series.masked.where(series.masked > 0)
-    panels = {
+    panels = pd.DataFrame({
         "slice distance, mm": series.slice_mm, "pixel as prepared, mm": series.col_mm,
-        "slices of a series": series.slices, "% of its slices without organs": without,
-    }  # fmt: skip
-    panels = {label: values.dropna() for label, values in panels.items() if values.notna().any()}
+        "slices of a series": series.slices,
+        "% of its slices without organs": 100 * series.without_organs / series.masked,
+    }).dropna(axis="columns", how="all")  # fmt: skip
     letters = series.orientation[series.orientation.fillna("") != ""].value_counts()
     fig = Paper(11.5, 2.8)
-    axes = fig.subplots(1, len(panels) + (len(letters) > 0), squeeze=False)[0]
+    axes = fig.subplots(1, panels.shape[1] + (len(letters) > 0), squeeze=False)[0]
     for ax, (label, values) in zip(axes, panels.items()):
-        ax.hist(values, bins=20, color="#4477AA")
+        ax.hist(values.dropna(), bins=20, color="#4477AA")
         ax.set_xlabel(label)
     if len(letters):
         axes[-1].bar(list(letters.index), letters, width=0.6, color="#4477AA")
-        limits = -0.8, max(2, len(letters)) - 0.2
-        axes[-1].set(xlabel="orientation of the source", xlim=limits)
+        axes[-1].set(xlabel="orientation of the source", xlim=(-0.8, max(1.8, len(letters) - 0.2)))
     for ax in axes:
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("series")
-    _bare(*axes)
     return fig
 
 # %% ../../nbs/report/04_dataset.ipynb #305abbb9
@@ -199,8 +185,8 @@ def contact_sheet(
 # %% ../../nbs/report/04_dataset.ipynb #48f6a3f0
 def _split_table(series):
     "Patients, series and slices of each split."
-    flags = series.assign(incomplete=series.incomplete, suspect=series.suspect != "")
-    return flags.groupby("split").agg(**{
+    splits = series.assign(suspect=series.suspect != "").groupby("split")
+    return splits.agg(**{
         "patients": ("patient", "nunique"), "series": ("series", "size"),
         "slices": ("slices", "sum"), "slices without organs": ("without_organs", "sum"),
         "incomplete series": ("incomplete", "sum"), "series with findings": ("suspect", "sum"),
@@ -209,24 +195,19 @@ def _split_table(series):
 
 def _series_table(series):
     "Every series in a row, for the page."
-    volumes = {f"{o.key}_ml": f"{o.name.lower()}, ml" for o in ORGANS if f"{o.key}_ml" in series}
-    table = series.astype({"incomplete": object}).assign(
-        incomplete=np.where(series.incomplete, "yes", ""),
-        **{column: series[column].round().astype("Int64") for column in volumes},
-    )
-    columns = ["series", "suspect", "split", "slices", "without_organs", *volumes]
-    columns += ["slice_mm", "col_mm", "orientation", "incomplete"]
-    table = table.set_index("patient")[columns].dropna(axis="columns", how="all")
-    names = {"without_organs": "without organs", "slice_mm": "slice, mm", "col_mm": "pixel, mm"}
-    return table.rename(columns=volumes | names)
+    columns = {"series": "series", "suspect": "suspect", "split": "split", "slices": "slices"}
+    columns |= {"without_organs": "without organs"}
+    columns |= {f"{o.key}_ml": f"{o.name.lower()}, ml" for o in ORGANS}
+    columns |= {"slice_mm": "slice, mm", "col_mm": "pixel, mm", "orientation": "orientation"}
+    table = series.set_index("patient").rename(columns=columns).reindex(columns=columns.values())
+    volumes = [name for name in table if name.endswith(" ml")]
+    table[volumes] = table[volumes].round().astype("Int64")
+    table["incomplete"] = np.where(series.incomplete, "yes", "")
+    return table.dropna(axis="columns", how="all")
 
-# %% ../../nbs/report/04_dataset.ipynb #dfbb55d5
-_NOTHING = (
-    "Sides, order from head to feet and from front to back, fit of mask and image, volumes and"
-    " files were checked."
-)
+# %% ../../nbs/report/04_dataset.ipynb #cdbf0454
 _SIDES = (
-    "Each dot is the centre of an organ in one series, seen from the front. The patient's right is"
+    "Each dot is the centre of an organ in one series, seen from the front: the patient's right is"
     " on the left. Series with organs on the wrong side or in the wrong order are ringed in red."
 )
 _VOLUMES = (
@@ -240,40 +221,32 @@ _SHEET = (
 )
 _SPACING = "Of the series as they were in the source; the pixel is that of the prepared slices."
 
-# %% ../../nbs/report/04_dataset.ipynb #cdbf0454
-def _findings(table):
-    "Findings of series as the page shows them, None without."
-    return table.set_index("patient").drop(columns="organ") if len(table) else None
-
 
 def _sections(quality):
     "The parts of the page; those without anything to show are left out."
     suspects, data, series = quality.suspects, quality.data, quality.series
-    advice = [f"{kind.capitalize()}: {ADVICE[kind]}" for kind in dict.fromkeys(suspects.kind)]
-    notes = _findings(quality.findings.drop(suspects.index))
+    advice = [f"{kind.capitalize()}: {ADVICE[kind]}" for kind in suspects.kind.unique()]
+    nothing = "Sides, order, fit of mask and image, volumes and files were checked."
+    notes = quality.findings.drop(suspects.index)
+    tables = [table.set_index("patient") for table in (suspects, notes, data.skipped)]
     prepared = pd.DataFrame({"note": data.info.get("notes", [])}).rename(lambda i: i + 1)
-    sections = [Section("Findings", "\n\n".join(advice) or _NOTHING, _findings(suspects))]
+    sections = [Section("Findings", "\n\n".join(advice) or nothing, tables[0] if advice else None)]
     if len(quality.organs):
-        sides, volumes = sides_figure(quality), volume_figure(quality)
-        sections += [Section("Sides and order", figure=sides, caption=_SIDES),
-                     Section("Volumes", figure=volumes, caption=_VOLUMES)]  # fmt: skip
+        sections += [
+            Section("Sides and order", figure=sides_figure(quality), caption=_SIDES),
+            Section("Volumes", figure=volume_figure(quality), caption=_VOLUMES),
+        ]
     sections += [
         Section("Contact sheet", figure=contact_sheet(quality), caption=_SHEET),
         Section("Patients, series, slices", table=_split_table(series)),
         Section("Spacing and orientation", figure=spacing_figure(quality), caption=_SPACING),
         Section("Balance of the classes", table=balance_table(quality)),
+        Section("Good to know", "No mistakes, but they explain odd numbers.", tables[1]),
+        Section("Left out", "The source's series that could not be read.", tables[2]),
+        Section("Notes from preparing", table=prepared),
+        Section("Every series", table=_series_table(series), digits=2, absent="not known"),
     ]
-    if notes is not None:
-        text = "No mistakes, but they explain odd numbers."
-        sections.append(Section("Good to know", text, notes))
-    if len(data.skipped):
-        text = "These series of the source could not be read."
-        sections.append(Section("Left out", text, data.skipped.set_index("patient")))
-    if len(prepared):
-        sections.append(Section("Notes from preparing", table=prepared))
-    absent = "unknown, or organ absent"
-    every = Section("Every series", table=_series_table(series), digits=2, absent=absent)
-    return [*sections, every]
+    return [s for s in sections if s.table is None or len(s.table)]
 
 # %% ../../nbs/report/04_dataset.ipynb #006e44fe
 def write_quality(
