@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from nibabel import orientations as orient
 
-from .measure import box_ml, organ_facts
-from .repair import wrong_sides
+from .measure import box_ml, organ_facts, wrong_sides
 from ..ct.organs import ALL_ORGANS, ORGAN, ORGANS, PAIRS, in_words
 from ..ct.scan import Scan
 

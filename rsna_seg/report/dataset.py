@@ -257,7 +257,7 @@ def write_quality(
     out, sections = Path(out or quality.data.folder), _sections(quality)
     title = f"Quality of {quality.data.folder.resolve().name}"
     with writing(out):
-        with whole_file(out / "quality.csv") as part:
-            quality.findings.to_csv(part, index=False)
+        with whole_file(out / "quality.csv") as file:
+            quality.findings.to_csv(file, index=False)
         write_report(out / "quality.html", title, summarise(quality), sections)
     return out / "quality.html"
