@@ -446,8 +446,7 @@ import sys
 import time
 from pathlib import Path
 import torch
-from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
 torch.set_num_threads(1)
 result = Predictor(sys.argv[1], PredictConfig("torch", batch_size=8))(sys.argv[2])
 save_segmentation(result, sys.argv[3], ("nifti", "preview", "volumes"))
