@@ -23,7 +23,8 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 from tqdm.auto import tqdm
 
 from .anatomy.measure import find_body
-from .anatomy.checks import check_segmentation, organ_facts
+from .anatomy.checks import check_segmentation
+from .anatomy.measure import organ_facts
 from .engines.engines import ENGINES, grow_box, logits_to_classes, make_engine, pick_engine
 from .files import ConfigError
 from .ct.inputs import opened

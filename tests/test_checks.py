@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rsna_seg.anatomy.checks import KINDS, check_segmentation, organ_facts
+from rsna_seg.anatomy.checks import KINDS, check_organs, check_segmentation
+from rsna_seg.anatomy.measure import organ_facts
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import Segmentation
@@ -124,23 +125,47 @@ def test_contradictory_sides(patient):
     assert found(exchanged, scan, taught=SOLID) == [("sides", "right_kidney")]
     half = mask.copy()
     half[:15][half[:15] == 3] = 4
-    assert ("kidney_side", "right_kidney") in found(half, scan, taught=SOLID)
-    assert not {"sides", "kidney_side"} & kinds(half, scan, taught=("liver", "spleen"))
+    assert ("piece_side", "right_kidney") in found(half, scan, taught=SOLID)
+    assert not {"sides", "piece_side"} & kinds(half, scan, taught=("liver", "spleen"))
+
+
+@pytest.mark.parametrize("axis, ends", [(0, "head to feet"), (1, "front to back")])
+def test_organs_upside_down_or_back_to_front(patient, axis, ends):
+    scan, mask = patient
+    turned_mask = np.ascontiguousarray(np.flip(mask, axis))
+    findings = [f for f in check_segmentation(turned_mask, scan) if f.kind == "order"]
+    assert len(findings) == 1 and ends in findings[0].text
+    few = replace(scan, hu=scan.hu[18:22], positions=scan.positions[18:22])
+    assert "order" not in kinds(turned_mask[18:22], few)
+
+
+def test_the_body_s_middle_need_not_be_in_the_picture(patient):
+    scan, mask = patient
+    left_half = slice(mask.shape[2] // 2 - 40, None)
+    half = replace(scan, hu=scan.hu[..., left_half])
+    assert "sides" not in kinds(mask[..., left_half], half)
+
+
+@pytest.mark.parametrize("side, found_kinds", [(0.3, []), (-0.02, []), (-0.3, ["sides"])])
+def test_an_organ_without_its_opposite_is_held_to_the_body_s_middle(patient, side, found_kinds):
+    scan, mask = patient
+    spleen = organ_facts(mask, scan).loc[["spleen"]].assign(side=side)
+    assert [f.kind for f in check_organs(spleen, 40)] == found_kinds
 
 
 def test_scans_of_other_parts_of_the_body(patient):
     scan, mask = patient
-    assert found(np.zeros_like(mask), scan) == [("outside_abdomen", "")]
+    assert found(np.zeros_like(mask), scan) == [("no_organs", "")]
     crumbs = np.zeros_like(mask)
     crumbs[20, 100:140, 100:140], crumbs[20, 200:205, 200:205] = 1, 5
-    assert found(crumbs, scan) == [("outside_abdomen", "")]
+    assert found(crumbs, scan) == [("no_organs", "")]
     rows, cols = np.indices(mask.shape[1:]) - 160
     head, chest = (np.full(mask.shape, -1000, np.int16) for _ in range(2))
     head[:, (rows / 75) ** 2 + (cols / 60) ** 2 < 1] = 40  # 220 cm2
     chest[:, (rows / 90) ** 2 + (cols / 130) ** 2 < 1] = 40
     chest[:, (rows / 70) ** 2 + ((np.abs(cols) - 60) / 45) ** 2 < 1] = -850
     for hu in (head, chest):
-        assert kinds(np.zeros_like(mask), replace(scan, hu=hu)) == {"content", "outside_abdomen"}
+        assert kinds(np.zeros_like(mask), replace(scan, hu=hu)) == {"content", "no_organs"}
     assert found(without(mask, 1, 2, 3, 4), scan, taught=("bowel",)) == [("cut_off", "bowel")]
 
 

@@ -11,7 +11,9 @@ import pytest
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.files import OutputError
 from rsna_seg.ct.phantom import write_kaggle
-from rsna_seg.report.dataset import inspect_data, odd_volumes, write_quality
+from rsna_seg.anatomy.inspect import inspect_data
+from rsna_seg.anatomy.checks import odd_volumes
+from rsna_seg.report.dataset import write_quality
 
 SMALL = PrepareConfig(size=96, jobs=1)
 
@@ -32,7 +34,7 @@ def plant(kaggle, patient, change):
 
 
 def checks(quality, patient):
-    return sorted(quality.suspects.check[quality.suspects.patient == patient])
+    return sorted(quality.suspects.kind[quality.suspects.patient == patient])
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,7 @@ def rewrite(folder, change):
 def test_good_patients_are_not_suspected(good):
     quality = inspect_data(good.folder, jobs=1)
     assert quality.suspects.empty, str(quality)
-    assert set(quality.findings.check) <= {"absent", "incomplete"}
-    assert set(quality.series["right kidney with liver"].dropna()) == {"yes"}
-    assert set(quality.series["spleen opposite"].dropna()) == {"yes"}
+    assert set(quality.findings.kind) <= {"missing", "cut_off", "incomplete"}
     assert "Nothing suspicious" in str(quality)
 
 
@@ -88,7 +88,7 @@ def test_planted_mistakes_are_found(kaggle, tmp_path):
     found = {patient: checks(quality, patient) for patient in quality.suspects.patient.unique()}
     assert found == {
         "10000": ["sides"], "10005": ["fit", "order"], "10007": ["fit"], "10013": ["fit", "sides"],
-        "10015": ["fit", "order"], "10016": ["empty"], "10021": ["volume"],
+        "10015": ["fit", "order"], "10016": ["no_organs"], "10021": ["odd_volume"],
     }  # fmt: skip
     page = write_quality(quality).read_text()
     assert write_quality(quality, tmp_path / "page") == tmp_path / "page" / "quality.html"
@@ -106,7 +106,7 @@ def test_damaged_files_are_found(copied):
     cv2.imwrite(str(images[12]), 255 - cv2.imread(str(images[12]), cv2.IMREAD_UNCHANGED))
     cv2.imwrite(str(masks[14]), cv2.imread(str(masks[14]), cv2.IMREAD_UNCHANGED) * 51)
     quality = inspect_data(copied, jobs=1)
-    assert set(quality.suspects.patient) == {"10002"} and set(quality.suspects.check) == {"damage"}
+    assert set(quality.suspects.patient) == {"10002"} and set(quality.suspects.kind) == {"damage"}
     assert len(quality.series.damage[quality.series.patient == "10002"].iloc[0]) == 4
     assert images[3].name in str(quality)
 
@@ -116,7 +116,7 @@ def test_slices_without_positions(copied):
     rewrite(copied, lambda m: m.assign(**dict.fromkeys(unknown, np.nan)))
     quality = inspect_data(copied, jobs=1)
     assert quality.suspects.empty
-    assert quality.organs.ml.isna().all() and quality.organs.pixels.gt(0).all()
+    assert quality.organs.ml.isna().all() and quality.organs.voxels.gt(0).all()
     assert "without positions" in str(quality)
     one = quality.series.series[quality.series.patient == "10000"].iloc[0]
     rewrite(copied, lambda m: m.assign(z=np.where(m.series == one, -m.z, m.z)))
@@ -131,9 +131,9 @@ def test_unlabelled_organs_are_left_out(few, tmp_path):
     plant(few, "10000", lambda m: np.array([0, 1, 2, 4, 3, 5])[m])
     config = PrepareConfig(size=96, jobs=1, labelled=labelled)
     quality = inspect_data(prepare(few, tmp_path / "data", config=config).folder, jobs=1)
-    assert list(quality.suspects[["patient", "check"]].itertuples(index=False, name=None)) == [("10000", "sides")]
+    assert list(quality.suspects[["patient", "kind"]].itertuples(index=False, name=None)) == [("10000", "sides")]
     assert set(quality.organs.organ) == set(labelled)
-    assert not any("spleen" in sentence for sentence in quality.findings.finding)
+    assert not any("spleen" in sentence for sentence in quality.findings.text)
     assert "Spleen and bowel are not labelled" in str(quality)
 
 
@@ -150,8 +150,8 @@ def test_two_series_of_a_patient_must_agree(few, tmp_path):
     twice = "10001"
     plant(few, twice, lambda m: np.where((m == 3) & (np.arange(m.shape[2]) % 2 == 0), 0, m))
     quality = inspect_data(prepare(few, tmp_path / "data", config=SMALL).folder, jobs=1)
-    assert {(f.patient, f.check) for f in quality.suspects.itertuples()} == {(twice, "volume")}
-    assert "factor" in quality.suspects.finding.iloc[0]
+    assert {(f.patient, f.kind) for f in quality.suspects.itertuples()} == {(twice, "odd_volume")}
+    assert "factor" in quality.suspects.text.iloc[0]
 
 
 def test_notes_on_gaps_tilt_and_black_slices(copied):
@@ -161,8 +161,8 @@ def test_notes_on_gaps_tilt_and_black_slices(copied):
     name = sorted((copied / "images").glob("10000_*.png"))[0]
     cv2.imwrite(str(name), np.zeros((96, 96), np.uint8))
     found = inspect_data(copied, jobs=1).findings
-    assert {"gaps", "tilt", "black", "damage"} <= set(found.check[found.series == one])
-    assert set(found.patient[found.check.isin(["gaps", "tilt", "black"])]) == {"10000"}
+    assert {"gaps", "tilt", "black", "damage"} <= set(found.kind[found.series == one])
+    assert set(found.patient[found.kind.isin(["gaps", "tilt", "black"])]) == {"10000"}
 
 
 def test_real_scan_is_not_suspected(real_ct, tmp_path):

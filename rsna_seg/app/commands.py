@@ -32,7 +32,8 @@ from ..ct.saved import check_outputs, save_segmentation
 from ..training.plan import find_lr, plan_run, suggest_lr
 from ..report.plots import learning_rate_curve, save_png, training_curves
 from ..predict import PredictConfig, Predictor
-from ..report.dataset import inspect_data, write_quality
+from ..anatomy.inspect import inspect_data
+from ..report.dataset import write_quality
 from ..ct.scan import to_square, window
 from ..scoring.judge import Tolerance
 from ..ct.find import SourceConfig
