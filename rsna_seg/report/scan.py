@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'SWATCH', 'LINK', 'CENTRES', 'packed', 'unpacked', 'fit_plane', 'slice_picture', 'telling_slice',
-           'viewer_data', 'stretches', 'viewer_html', 'organ_table', 'write_scan_report']
+           'viewer_data', 'stretches', 'viewer_html', 'preview', 'organ_table', 'write_scan_report']
 
 # %% ../../nbs/report/03_scan.ipynb #c0da5f69
 import base64
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ..ct.organs import CLASSES, ORGAN, ORGANS, overlay, palette
 from .page import TEMPLATES, Section, image_tag, write_report
+from .plots import Paper, organ_legend
 
 # %% ../../nbs/report/03_scan.ipynb #541dbf55
 def packed(
@@ -141,6 +142,54 @@ def viewer_html(
     still = image_tag(still, alt)
     return Markup(template.render(data=data, organs=organs, still=still, bar_mm=bar_mm))
 
+# %% ../../nbs/report/03_scan.ipynb #cc5c4b60
+def _draw_plane(ax, grey, mask, spacing, title, sides=""):
+    "A plane in its true proportions, and with letters at its sides a bar of 50 mm."
+    down, across = np.multiply(grey.shape, spacing)
+    ax.imshow(overlay(grey, mask), extent=(0, across, down, 0))
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=11 if sides else 9)
+    for letter, x, align in zip(sides, (0.02, 0.98), ("left", "right")):
+        ax.text(x, 0.5, letter, transform=ax.transAxes, ha=align, va="center",
+                color="white", fontweight="bold", fontsize=11)
+    if sides:
+        left, low = 0.03 * across, 0.95 * down
+        ax.plot([left, left + 50], [low, low], color="white", linewidth=2)
+        ax.text(left, 0.93 * down, "50 mm", color="white", fontsize=9, va="bottom")
+
+# %% ../../nbs/report/03_scan.ipynb #e7e6c916
+def _middle(mask):
+    "The voxel (z, row, col) at the organs' centre of mass, or amid the volume without organs."
+    inside = mask > 0 if mask.any() else np.ones(mask.shape, bool)
+    counts = (inside.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
+    return [int(np.average(np.arange(len(c)), weights=c) + 0.5) for c in counts]
+
+# %% ../../nbs/report/03_scan.ipynb #47fcf8a0
+def preview(
+    grey: np.ndarray,  # windowed volume, uint8, (z, row, col), z up, columns to the left
+    mask: np.ndarray,  # class of each voxel, same shape
+    spacing: tuple,  # mm of a voxel along z, row, col
+) -> Paper:  # three planes above twelve slices
+    "The organs of a scan in three planes through their middle, and in slices from head to feet."
+    z, row, col = _middle(mask)
+    dz, dr, dc = spacing
+    fig = Paper(7.5, 6)
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.1, 1))
+    for ax, cut, size, title, sides in zip(
+        top.subplots(1, 3),
+        (np.s_[z], np.s_[::-1, row], np.s_[::-1, :, col]),
+        ((dr, dc), (dz, dc), (dz, dr)),
+        (f"Axial, slice {z}", f"Coronal, row {row}", f"Sagittal, column {col}"),
+        ("RL", "RL", "AP"),
+    ):
+        _draw_plane(ax, grey[cut], mask[cut], size, title, sides)
+    filled = np.flatnonzero(mask.any(axis=(1, 2)) | ~mask.any())
+    chosen = np.unique(np.linspace(filled[-1], filled[0], 12).round().astype(int))[::-1]
+    for i, z in enumerate(chosen, start=1):
+        _draw_plane(bottom.add_subplot(2, 6, i), grey[z], mask[z], (dr, dc), z)
+    organ_legend(fig)
+    return fig
+
 # %% ../../nbs/report/03_scan.ipynb #2baaee00
 HEADINGS = {
     "ml": "volume, ml", "mean_hu": "mean, HU", "edges": "reaches the edge",
@@ -178,7 +227,7 @@ def write_scan_report(
     mask: np.ndarray,  # class of each voxel, same shape
     spacing: tuple,  # mm of a voxel along z, row, col
     notes: list[str] = (),  # sentences about the scan and the method
-    figure: Figure | None = None,  # such as `preview` of plots
+    figure: Figure | None = None,  # such as `preview`
     **options,  # most, side and positions, as for `viewer_data`
 ):
     "Write the report of a scan as one HTML file, whole or not at all; raises as `viewer_data`."
