@@ -104,7 +104,7 @@ class _Windowed:
 
 def figure(self: Segmentation):
     "Three planes and a mosaic of slices with the organs in colour."
-    from rsna_seg.report.plots import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
+    from rsna_seg.report.scan import preview  # seaborn and scipy.stats: a second that a mask alone need not wait for
 
     return preview(_Windowed(self.scan.hu, self.level, self.width), self.mask, self.scan.spacing)
 

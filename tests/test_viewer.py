@@ -31,7 +31,7 @@ def scan():
 
 def table(mask):
     voxels = [int((mask == o.id).sum()) for o in ORGANS]
-    rows = {"ml": voxels, "voxels": voxels, "mean_hu": [99.96 if v else np.nan for v in voxels], "touches_edge": [v > 0 for v in voxels]}
+    rows = {"ml": voxels, "voxels": voxels, "mean_hu": [99.96 if v else np.nan for v in voxels], "edges": [v > 0 for v in voxels]}
     organs = pd.DataFrame(rows, index=pd.Index([o.key for o in ORGANS], name="organ"), dtype=object)
     organs.loc["bowel"] = None
     return organs
@@ -303,7 +303,7 @@ def test_thinned_and_scaled_down(tmp_path, browser):
     write_scan_report(path, "Small", [], table(mask), [], grey, mask, SPACING, most=10, side=40)
     with opened(browser, path) as (page, seen):
         page.locator("canvas").wait_for()
-        told = page.locator(".told").all_inner_texts()
+        told = page.locator(".omitted").all_inner_texts()
         assert told[0].startswith("10 of the 30 slices are shown, evenly spaced (1, 4, 7, 11, … 30). The other 20 are left out")
         assert told[1].startswith("Slices of 60 × 80 pixels are shown scaled down to 40")
         page.locator(".slice").focus()
