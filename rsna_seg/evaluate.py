@@ -23,7 +23,9 @@ from .ct.organs import CLASSES, ORGANS
 from .predict import PredictConfig, Predictor, from_square
 from .ct.scan import off_square, read_scan, square_grid, window
 from .scoring.judge import Evaluation, Judge, Spacing, Tolerance, slices_to_show
-from .ct.find import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
+from rsna_seg.ct.cases import (
+    ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all,
+)
 from .train import open_run
 
 # %% ../nbs/05_evaluate.ipynb #ff23d2cc

@@ -17,7 +17,7 @@ from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_ca
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.scan import read_scan, window
-from rsna_seg.ct.find import find_source
+from rsna_seg.ct.cases import find_source
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,7 +22,7 @@ from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.scan import read_mask, read_scan
-from rsna_seg.ct.find import find_source
+from rsna_seg.ct.cases import find_source
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)
@@ -87,7 +87,7 @@ def test_a_grid_that_is_no_square(tmp_path):
 
 
 def test_organs_that_are_not_to_be_judged(world):
-    from rsna_seg.ct.find import SourceConfig
+    from rsna_seg.ct.cases import SourceConfig
 
     checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
     volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes

@@ -12,12 +12,13 @@ from highdicom.seg import SegmentDescription, Segmentation
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from rsna_seg.data import PrepareConfig, open_data, prepare
+from rsna_seg.data import PrepareConfig, prepare
+from rsna_seg.ct.store import open_data
 from rsna_seg.files import DataError
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.ct.scan import read_scan, window
-from rsna_seg.ct.find import SourceConfig, find_source
+from rsna_seg.ct.cases import SourceConfig, find_source
 
 SIZE, SLICES = 64, 10
 SMALL = {"size": SIZE, "jobs": 1}
@@ -188,7 +189,7 @@ def write_seg(path, folder, mask, organs):
     "The organs of a mask, which runs as the sorted files, as DICOM SEG by highdicom."
     slices = sorted((pydicom.dcmread(p) for p in folder.glob("*.dcm")), key=lambda d: d.ImagePositionPatient[2])
     about = [
-        SegmentDescription(n, o.name, codes.SCT.Organ, pydicom.sr.coding.Code(o.snomed, "SCT", o.name), "MANUAL")
+        SegmentDescription(n, o.name, codes.SCT.Organ, pydicom.sr.coding.Code(o.snomed[0], "SCT", o.name), "MANUAL")
         for n, o in enumerate(organs, 1)
     ]
     pixels = np.stack([mask == o.id for o in organs], axis=-1).astype(np.uint8)
@@ -223,7 +224,7 @@ def test_two_named_files(patients, tmp_path):
     write_mask(tmp_path / "organs" / "kidney_left.nii.gz", (mask == 3).astype(np.uint8), affine)
     check(tmp_path / "p0.nii.gz", {"p0": patients["p0"]}, PrepareConfig(**SMALL, valid=0, seed=1), mask=tmp_path / "organs",
           labelled=["left_kidney"], name="by organ")  # fmt: skip
-    with pytest.raises(DataError, match="name its mask too"):
+    with pytest.raises(DataError, match="holds no masks; give .* --mask FILE"):
         find_source(tmp_path / "p0.nii.gz")
 
 
@@ -272,8 +273,11 @@ def test_nothing_known(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("no acute findings")
     for source in (tmp_path / "letters", tmp_path):
-        with pytest.raises(DataError, match="none of the layouts that are known: Kaggle's train_images"):
+        with pytest.raises(DataError, match="holds no scan that is known here; give a DICOM folder"):
             find_source(source)
+    write_series(tmp_path / "series", np.zeros((2, 8, 8), np.int16), np.eye(4))
+    with pytest.raises(DataError, match="holds no masks; give Kaggle's train_images"):
+        find_source(tmp_path / "series")
     with pytest.raises(DataError, match="does not exist"):
         find_source(tmp_path / "absent")
     with pytest.raises(DataError, match="not a complete dataset folder"):

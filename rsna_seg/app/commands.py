@@ -24,7 +24,9 @@ from ..evaluate import evaluate, score_masks
 from ..engines.export import export_int8, export_model, push_to_hub, save_pretrained
 from ..files import whole_file
 from ..finetune import FinetuneConfig, finetune
-from ..ct.inputs import is_one_scan, list_series, opened
+from ..ct.find import is_one_scan
+from ..ct.series import list_series
+from ..ct.inputs import opened
 from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
@@ -35,7 +37,7 @@ from ..predict import PredictConfig, Predictor
 from ..report.dataset import inspect_data, write_quality
 from ..ct.scan import to_square, window
 from ..scoring.judge import Tolerance
-from ..ct.find import SourceConfig
+from ..ct.cases import SourceConfig
 from ..report.evaluation import write_evaluation
 from ..train import TrainConfig, begin_model, open_for_training, open_run, train
 
