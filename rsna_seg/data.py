@@ -28,7 +28,7 @@ from .ct.find import unpack
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
-from .ct.store import SliceData, Store, open_data, put_all
+from .ct.store import SliceData, Store, is_finished, open_data, put_all
 
 # %% ../nbs/00_data.ipynb #07a80d3b
 def balanced_draw(
@@ -62,7 +62,7 @@ def check_patients(
             " prepare with --valid 0 to use all slices for training, or add patients."
         )
 
-
+# %% ../nbs/00_data.ipynb #e641b0d2
 def add_split(
     manifest: pd.DataFrame,  # a row a slice: patient, series, mask and pixel counts of the organs
     valid: float = 0.1,  # share of patients for validation, 0..1; at least one patient unless 0
@@ -118,7 +118,7 @@ def _settings(source, mask, config):
         **given, "declared": declared, "tables": {k: Path(v).read_text() for k, v in files.items()},
     }  # fmt: skip
 
-
+# %% ../nbs/00_data.ipynb #698e3131
 def _look_at(source, mask, config, store):
     "The cases of the source, a zip file after unpacking it into the store; raises `DataError`."
     fresh, packed = not store.folder.exists(), source.is_file() and zipfile.is_zipfile(source)
@@ -126,13 +126,13 @@ def _look_at(source, mask, config, store):
         if packed:
             store.begin()
             source = unpack(source, store.folder / "unpacked", config.all_series)
-        cases = find_source(source, mask, config)
-        check_patients([case.patient for case in cases.cases], config.valid)
+        recognised = find_source(source, mask, config)
+        check_patients([case.patient for case in recognised.cases], config.valid)
     except DataError:
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)
         raise
-    return cases
+    return recognised
 
 # %% ../nbs/00_data.ipynb #908a3e30
 def prepare(
@@ -147,16 +147,16 @@ def prepare(
     if not source.exists():
         raise DataError(f"{source} does not exist.")
     store = Store(dest, _settings(source, mask, config))
-    if store.is_finished():
+    if is_finished(store):
         with writing(dest):
             if not store.repair(verify, config.jobs):
                 return open_data(dest)
     try:
-        cases = _look_at(source, mask, config, store)
+        recognised = _look_at(source, mask, config, store)
         store.begin()
-        skipped = put_all(store, cases, config.jobs)
+        skipped = put_all(store, recognised, config.jobs)
         split = partial(add_split, valid=config.valid, folds=config.folds, seed=config.seed)
-        store.finish(cases, skipped, split)
+        store.finish(recognised, skipped, split)
     except OutputError as error:
         how = "make room and give the same command again"
         raise OutputError(f"{error} {store.folder} is unfinished: {how}.") from error
@@ -201,7 +201,7 @@ class SliceDataset(Dataset):
         image = image if image.ndim == 2 else image.transpose(2, 0, 1)
         return torch.from_numpy(image), torch.from_numpy(mask)
 
-
+# %% ../nbs/00_data.ipynb #9d364e6c
 def _stacks(manifest):
     "The image files of the slice below, itself and above; at an end itself stands in."
     image = manifest["image"]
@@ -258,14 +258,14 @@ def cores() -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
 
-
+# %% ../nbs/00_data.ipynb #57e86f7f
 def quiet_worker(
     number: int,  # of the process
 ):
     "Keeps OpenCV in a loader's process to one thread; there are enough processes."
     cv2.setNumThreads(0)
 
-
+# %% ../nbs/00_data.ipynb #45aa3470
 def make_loader(
     dataset: SliceDataset,
     batch_size: int = 32,

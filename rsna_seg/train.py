@@ -27,7 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .augment import Augment, AugmentConfig
-from .data import SliceData, SliceDataset, cores, make_loader, open_data
+from .ct.store import SliceData, open_data
+from .data import SliceDataset, cores, make_loader
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .training.loop import Tally, freeze_encoder, make_loop, peak_memory, put_state, read_state, start_accelerator, train_epoch, valid_epoch
 from .scoring.metrics import dice, mean_organs, pixel_accuracy

@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import zipfile
-from pathlib import Path
 
 import cv2
 import nibabel as nib

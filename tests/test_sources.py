@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import cv2
 import nibabel as nib
@@ -14,7 +15,9 @@ from pydicom.uid import generate_uid
 
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.ct.store import open_data
-from rsna_seg.files import DataError
+from rsna_seg.files import DataError, RsnaSegError
+from rsna_seg.ct.find import is_one_scan, unpacked
+from rsna_seg.ct.inputs import read_input, scan_table
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.ct.scan import read_scan, window
@@ -290,3 +293,44 @@ def test_same_slices_from_every_door(patients, tmp_path):
     write_series(tmp_path / "dicom", hu, affine)
     write_mask(tmp_path / "ct.nii", hu, affine, "PIR")
     np.testing.assert_array_equal(read_scan(tmp_path / "dicom").hu, read_scan(tmp_path / "ct.nii").hu)
+
+
+def test_training_and_prediction_see_the_same_scans(patients, tmp_path):
+    "What is a mask for one is no scan for the other, and what is no scan has the same sentence."
+    for patient, (hu, mask, affine) in patients.items():
+        write_series(tmp_path / "kaggle" / "train_images" / patient / "7", hu, affine)
+        write_mask(tmp_path / "kaggle" / "segmentations" / "7.nii", mask, affine)
+        write_mask(tmp_path / "nnunet" / "imagesTr" / f"{patient}_0000.nii.gz", hu, affine)
+        write_mask(tmp_path / "nnunet" / "labelsTr" / f"{patient}.nii.gz", mask, affine)
+        write_mask(tmp_path / "cases" / patient / "ct.nii.gz", hu, affine)
+        write_mask(tmp_path / "cases" / patient / "segmentation.nii.gz", mask, affine)
+        for z in range(SLICES):
+            write_png(tmp_path / "png" / "images" / patient / "7" / f"{z}.png", window(hu[z]))
+            write_png(tmp_path / "png" / "masks" / patient / "7" / f"{z}.png", mask[z])
+    for layout in ("nnunet", "cases", "png"):
+        scans = scan_table(tmp_path / layout)
+        assert set(scans.path) == {case.scan for case in find_source(tmp_path / layout).cases}, layout
+        assert len(scans) == 3 and not is_one_scan(tmp_path / layout)
+    assert sorted(scan_table(tmp_path / "nnunet").name) == sorted(scan_table(tmp_path / "cases").name) == sorted(patients)
+    assert len(scan_table(tmp_path / "kaggle")) == 3
+    (tmp_path / "letters").mkdir()
+    sentences = []
+    for look in (find_source, scan_table, read_input):
+        with pytest.raises(RsnaSegError) as error:
+            look(tmp_path / "letters")
+        sentences.append(str(error.value))
+    assert len(set(sentences)) == 1 and "holds no scan" in sentences[0]
+
+
+def test_a_zip_file_is_opened_for_its_masks_too(patients, tmp_path):
+    hu, mask, affine = patients["p0"]
+    write_mask(tmp_path / "in" / "p0" / "ct.nii.gz", hu, affine)
+    write_mask(tmp_path / "in" / "p0" / "segmentation.nii.gz", mask, affine)
+    packed = shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "in")
+    with unpacked(packed) as folder:
+        case = find_source(folder).cases[0]
+        np.testing.assert_array_equal(case.mask_on(read_scan(case.scan)), mask)
+    assert not folder.exists()
+    with pytest.raises(DataError, match="packed.zip holds no masks"), unpacked(packed) as folder:
+        (folder / "p0" / "segmentation.nii.gz").unlink()
+        find_source(folder)

@@ -18,7 +18,8 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..scoring.compare import compare, write_comparison
-from ..data import PrepareConfig, SliceDataset, open_data, prepare
+from ..data import PrepareConfig, SliceDataset, prepare
+from ..ct.store import open_data
 from .demo import DemoConfig, demo
 from ..evaluate import evaluate, score_masks
 from ..engines.export import export_int8, export_model, push_to_hub, save_pretrained

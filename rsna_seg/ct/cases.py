@@ -6,7 +6,7 @@
 __all__ = ['PATTERNS', 'ScanCase', 'PngCase', 'case_name', 'Source', 'SourceConfig', 'compile_pattern', 'nifti_names',
            'organs_in_all', 'find_source']
 
-# %% ../../nbs/ct/05_cases.ipynb #f7978d73
+# %% ../../nbs/ct/05_cases.ipynb #6dc4aebb
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 from ..files import DataError
 from rsna_seg.ct.find import (
     CASE_FOLDERS, KAGGLE, NAMED, NIFTI, NIFTI_PAIRS, PNG_PAIRS, case_masks, ct_files, file_kind,
-    holds, kaggle_series, layout, no_scan, scan_places, stem,
+    find_layout, holds, kaggle_series, no_scan, scan_places, stem,
 )  # fmt: skip
 from .labels import LabelMap, label_map, named_labels
 from .organs import ALL_ORGANS, ORGAN, ORGANS
@@ -46,7 +46,7 @@ class ScanCase:
             return read_seg(self.masks, scan, self.labels)
         return read_mask(self.masks[0], scan, self.labels)
 
-
+# %% ../../nbs/ct/05_cases.ipynb #ac5e9317
 @dataclass(frozen=True)
 class PngCase:
     "Slices of a series as PNG pairs."
@@ -84,7 +84,7 @@ class Source:
         shown = ", ".join(self.labelled)
         return f"{self.kind}: {len(self.cases)} series of {patients} patients, labelled {shown}"
 
-
+# %% ../../nbs/ct/05_cases.ipynb #71fbb0a9
 @dataclass(frozen=True)
 class SourceConfig:
     "What a source cannot say about itself."
@@ -118,7 +118,7 @@ def compile_pattern(
         raise DataError(f"The pattern {pattern} has no group (?P<patient>...).")
     return compiled
 
-
+# %% ../../nbs/ct/05_cases.ipynb #d835244b
 def _parse(names, pattern, folder):
     "The groups of each name by the one pattern that fits all; raises `DataError` without patients."
     stray = ""
@@ -152,11 +152,11 @@ def _paired(scans, masks, folder, config):
     }
     return names, tuple(f"{count} {what} left out." for what, count in counts.items() if count)
 
-
+# %% ../../nbs/ct/05_cases.ipynb #09e5221f
 def _files(masks, name):
     return (masks[name],) if name in masks else ()
 
-
+# %% ../../nbs/ct/05_cases.ipynb #ac318e04
 def _below(folder, *suffixes):
     "The files of a kind by their path below the folder, without the suffix."
     files = {}
@@ -166,13 +166,13 @@ def _below(folder, *suffixes):
             files[re.sub(r"\.(png|nii|nii\.gz)$", "", way)] = path
     return files
 
-# %% ../../nbs/ct/05_cases.ipynb #e8267547
-def _png_source(place, config):
+# %% ../../nbs/ct/05_cases.ipynb #55dee05a
+def _png_source(layout, config):
     "PNG pairs."
-    images, masks = _below(place.scans, ".png"), _below(place.masks, ".png")
-    names, notes = _paired(images, masks, place.scans, config)
+    images, masks = _below(layout.scans, ".png"), _below(layout.masks, ".png")
+    names, notes = _paired(images, masks, layout.scans, config)
     series, labels = {}, config.label_map()
-    for name, groups in zip(names, _parse(names, config.pattern, place.scans)):
+    for name, groups in zip(names, _parse(names, config.pattern, layout.scans)):
         slices = series.setdefault((groups["patient"], groups["series"] or "1"), {})
         number = groups["slice"] or str(len(slices))
         if not number.isdecimal():
@@ -188,7 +188,7 @@ def _png_source(place, config):
                 config.trust_masks)
         for key, slices in series.items()
     ]  # fmt: skip
-    return Source(place.kind, cases, mask_labels(config.encoding, labels).labelled, notes)
+    return Source(layout.kind, cases, mask_labels(config.encoding, labels).labelled, notes)
 
 # %% ../../nbs/ct/05_cases.ipynb #619e4469
 def _incomplete_series(root):
@@ -199,20 +199,20 @@ def _incomplete_series(root):
     meta = pd.read_csv(table, dtype={"series_id": str})
     return set(meta.series_id[meta.incomplete_organ == 1])
 
-
-def _kaggle_source(place, config):
+# %% ../../nbs/ct/05_cases.ipynb #9e3add09
+def _kaggle_source(layout, config):
     "Kaggle's competition folder."
-    series = [p for p in kaggle_series(place.scans) if p.parents[1].name != "test_images"]
+    series = [p for p in kaggle_series(layout.scans) if p.parents[1].name != "test_images"]
     folders = {p.name: p for p in series}
-    masks = {stem(p): p for p in place.masks.glob("[!.]*")}
-    names, notes = _paired(folders, masks, place.scans, config)
-    labels, incomplete = config.label_map(), _incomplete_series(place.scans)
+    masks = {stem(p): p for p in layout.masks.glob("[!.]*")}
+    names, notes = _paired(folders, masks, layout.scans, config)
+    labels, incomplete = config.label_map(), _incomplete_series(layout.scans)
     cases = []
     for name in names:
         patient, files = folders[name].parent.name, _files(masks, name)
         case = ScanCase(patient, name, folders[name], files, labels, incomplete=name in incomplete)
         cases.append(case)
-    return Source(place.kind, cases, labels.labelled, notes)
+    return Source(layout.kind, cases, labels.labelled, notes)
 
 # %% ../../nbs/ct/05_cases.ipynb #6574cc57
 def nifti_names(
@@ -222,28 +222,28 @@ def nifti_names(
     folder = Path(folder)
     return _below(folder, *NIFTI) if holds(folder, NIFTI) else {}
 
-
+# %% ../../nbs/ct/05_cases.ipynb #84bfced1
 def _patients(names, config, folder):
     "The patient of each case: its own name, unless a pattern says otherwise."
     if not config.pattern:
         return names
     return [groups["patient"] for groups in _parse(names, config.pattern, folder)]
 
-
-def _nifti_source(place, config):
+# %% ../../nbs/ct/05_cases.ipynb #5f8b6863
+def _nifti_source(layout, config):
     "Pairs of NIfTI in two folders."
-    images, masks = nifti_names(place.scans), nifti_names(place.masks)
+    images, masks = nifti_names(layout.scans), nifti_names(layout.masks)
     first_channel = [name for name in images if not re.search(r"_000[1-9]$", name)]
     scans = {name.removesuffix("_0000"): images[name] for name in first_channel}
-    names, notes = _paired(scans, masks, place.scans, config)
-    labels, table = config.label_map(), place.scans.parent / "dataset.json"
+    names, notes = _paired(scans, masks, layout.scans, config)
+    labels, table = config.label_map(), layout.scans.parent / "dataset.json"
     if not config.labels and table.exists():
         labels = named_labels(table)
     cases = [
         ScanCase(patient, name.replace("/", "-"), scans[name], _files(masks, name), labels)
-        for name, patient in zip(names, _patients(names, config, place.scans))
+        for name, patient in zip(names, _patients(names, config, layout.scans))
     ]
-    return Source(place.kind, cases, labels.labelled, notes)
+    return Source(layout.kind, cases, labels.labelled, notes)
 
 # %% ../../nbs/ct/05_cases.ipynb #a33fbed5
 def organs_in_all(
@@ -262,13 +262,13 @@ def organs_in_all(
     note = f"Not every case has {some}; what that leaves incomplete counts as not labelled."
     return labelled, (note,) if some else ()
 
-# %% ../../nbs/ct/05_cases.ipynb #c21c7de2
-def _case_source(place, config):
+# %% ../../nbs/ct/05_cases.ipynb #340370e4
+def _case_source(layout, config):
     "One folder a case with ct.nii.gz in it."
-    scans = {path.parent.name: path for path in ct_files(place.scans)}
+    scans = {path.parent.name: path for path in ct_files(layout.scans)}
     masks = {name: case_masks(path.parent) for name, path in scans.items()}
     masks = {name: files for name, files in masks.items() if files}
-    names, notes = _paired(scans, masks, place.scans, config)
+    names, notes = _paired(scans, masks, layout.scans, config)
     by_organ = any(files[0].parent.name == "segmentations" for files in masks.values())
     labels = config.label_map("totalsegmentator" if by_organ else "rsna")
     labelled = labels.labelled
@@ -277,9 +277,9 @@ def _case_source(place, config):
         notes += missing
     cases = [
         ScanCase(patient, name, scans[name], masks.get(name, ()), labels, by_organ=by_organ)
-        for name, patient in zip(names, _patients(names, config, place.scans))
+        for name, patient in zip(names, _patients(names, config, layout.scans))
     ]
-    return Source(place.kind, cases, labelled, notes)
+    return Source(layout.kind, cases, labelled, notes)
 
 # %% ../../nbs/ct/05_cases.ipynb #8806657a
 def _segs_by_series(series):
@@ -291,7 +291,7 @@ def _segs_by_series(series):
                 segs.setdefault(item.get("SeriesInstanceUID"), []).append(path)
     return segs
 
-
+# %% ../../nbs/ct/05_cases.ipynb #d610eb20
 def _seg_source(source, config):
     "A tree of DICOM with DICOM SEG, or None if there is no SEG."
     series = dicom_series(source)
@@ -312,18 +312,18 @@ def _seg_source(source, config):
     return Source("DICOM with DICOM SEG", cases, labelled, notes)
 
 # %% ../../nbs/ct/05_cases.ipynb #d7185833
-def _named_source(place, config):
+def _named_source(layout, config):
     "A scan and its mask, each named."
-    scan, mask = place.scans, place.masks
+    scan, mask = layout.scans, layout.masks
     masks = (mask,) if mask.is_file() else tuple(filter(nifti_format, sorted(mask.glob("*"))))
     if not masks:
         raise DataError(f"{mask} does not exist or holds no NIfTI; {scan.name} needs its mask.")
     labels = config.label_map("rsna" if mask.is_file() else "totalsegmentator")
     case = ScanCase(stem(scan), "1", scan, masks, labels, by_organ=mask.is_dir())
     labelled = organs_in_all([masks], labels)[0] if mask.is_dir() else labels.labelled
-    return Source(place.kind, [case], labelled)
+    return Source(layout.kind, [case], labelled)
 
-
+# %% ../../nbs/ct/05_cases.ipynb #73448529
 _SOURCES = {
     PNG_PAIRS: _png_source,
     NIFTI_PAIRS: _nifti_source,
@@ -351,18 +351,18 @@ def find_source(
         raise DataError(f"{source} does not exist.")
     if strange := [key for key in config.labelled if key not in ALL_ORGANS]:
         raise DataError(f"{strange[0]} is no organ of ours, as are {', '.join(ALL_ORGANS)}.")
-    place, found = layout(source, mask), None
-    if place and (place.masks or place.kind == CASE_FOLDERS):
-        found = _SOURCES[place.kind](place, config)
+    layout, recognised = find_layout(source, mask), None
+    if layout and (layout.masks or layout.kind == CASE_FOLDERS):
+        recognised = _SOURCES[layout.kind](layout, config)
     elif source.is_dir():
-        found = _seg_source(source, config)
-    if found is None:
+        recognised = _seg_source(source, config)
+    if recognised is None:
         empty = next(scan_places(source), None) is None
         raise DataError(no_scan(source) if empty else f"{source} holds no masks; give {_MASKED}.")
-    cases = sorted(found.cases, key=lambda case: (case.patient, case.series))
+    cases = sorted(recognised.cases, key=lambda case: (case.patient, case.series))
     for one, other in zip(cases, cases[1:]):
         if case_name(one) == case_name(other):
             both = f"{case_name(one)}, {one.scan} and {other.scan}"
             raise DataError(f"{source} has two series {both}; rename one of them.")
-    labelled = tuple(key for key in ALL_ORGANS if key in (config.labelled or found.labelled))
-    return replace(found, cases=cases, labelled=labelled)
+    labelled = tuple(key for key in ALL_ORGANS if key in (config.labelled or recognised.labelled))
+    return replace(recognised, cases=cases, labelled=labelled)

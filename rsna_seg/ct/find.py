@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIVE', 'NIFTI', 'PNG_PAIRS', 'NIFTI_PAIRS', 'NAMED', 'KAGGLE', 'CASE_FOLDERS', 'file_kind', 'walk', 'stem', 'unpack',
-           'reading', 'unpacked', 'kaggle_series', 'holds', 'Layout', 'case_masks', 'ct_files', 'layout', 'scan_files',
-           'scan_kinds', 'scan_places', 'is_one_scan', 'no_scan']
+           'reading', 'unpacked', 'kaggle_series', 'holds', 'Layout', 'case_masks', 'ct_files', 'find_layout',
+           'scan_files', 'scan_kinds', 'scan_places', 'is_one_scan', 'no_scan']
 
 # %% ../../nbs/ct/05_find.ipynb #2741f066
 import lzma
@@ -54,7 +54,7 @@ def file_kind(
 def _raise(error):
     raise error
 
-
+# %% ../../nbs/ct/05_find.ipynb #bb3ac489
 def walk(
     folder: Path,
 ):
@@ -101,7 +101,7 @@ def stem(
     "The file's name without .nii or .nii.gz."
     return path.name.removesuffix(".gz").removesuffix(".nii")
 
-
+# %% ../../nbs/ct/05_find.ipynb #bfd8c2f5
 def _with_mask(members):
     "Of a competition's zip the entries of series with a mask and the tables; of another zip all."
     paths = [PurePosixPath(member.filename) for member in members]
@@ -137,7 +137,7 @@ def unpack(
         raise DataError(f"{path} cannot be unpacked ({error}); copy it again.") from error
     return folder
 
-# %% ../../nbs/ct/05_find.ipynb #19215d46
+# %% ../../nbs/ct/05_find.ipynb #107d6f5c
 GIVE = (
     "give a DICOM folder or file, a NIfTI file, a PNG or a folder of them, or a zip file of one"
     " of these"
@@ -158,7 +158,7 @@ def reading(
     except MemoryError as error:
         raise ScanError(f"{path} needs more memory than there is; close other programs.") from error
 
-
+# %% ../../nbs/ct/05_find.ipynb #ecf94d6b
 @contextmanager
 def unpacked(
     path: str | Path,
@@ -173,12 +173,16 @@ def unpacked(
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="rsna_seg-", ignore_cleanup_errors=True) as folder:
+        contents = Path(folder, "zip")
         try:
             with reading(path):
-                unpack(path, Path(folder, "zip"), all_series=True)
+                unpack(path, contents, all_series=True)
         except DataError as error:
             raise ScanError(str(error)) from error
-        yield Path(folder, "zip")
+        try:
+            yield contents
+        except RsnaSegError as error:  # says where the user's file is, not where it was unpacked
+            raise type(error)(str(error).replace(str(contents), str(path))) from error
 
 # %% ../../nbs/ct/05_find.ipynb #f299e81c
 _IMAGES = ("images", "image", "imgs", "train_images", "imagesTr")
@@ -199,7 +203,7 @@ def kaggle_series(
         series = series if numbers and series and any(series[0].glob("*.dcm")) else []
     return natsorted(series)
 
-
+# %% ../../nbs/ct/05_find.ipynb #b10fafbe
 def holds(
     folder: Path,
     suffixes: tuple,  # of file names
@@ -224,7 +228,7 @@ class Layout:
     scans: Path
     masks: Path | None = None  # of case folders: beside the scans
 
-
+# %% ../../nbs/ct/05_find.ipynb #b8517866
 def _layout_of(folder, mask):
     "The first layout that fits, or None."
     images, masks = folder, mask
@@ -246,7 +250,7 @@ def _layout_of(folder, mask):
         return Layout(CASE_FOLDERS, folder)
     return None
 
-
+# %% ../../nbs/ct/05_find.ipynb #b886b3ac
 def case_masks(
     case: Path,  # a folder
 ) -> tuple:  # files
@@ -255,7 +259,7 @@ def case_masks(
     others = tuple(path for path in sorted(case.glob("*.nii*")) if stem(path) != "ct")
     return organs or (others if len(others) == 1 else ())
 
-
+# %% ../../nbs/ct/05_find.ipynb #443a0991
 def ct_files(
     folder: Path,
 ) -> list[Path]:
@@ -263,8 +267,8 @@ def ct_files(
     scans = [path for way in ("ct.nii*", "*/ct.nii*") for path in sorted(folder.glob(way))]
     return scans if any(case_masks(path.parent) for path in scans) else []
 
-# %% ../../nbs/ct/05_find.ipynb #1fb0e8b8
-def layout(
+# %% ../../nbs/ct/05_find.ipynb #30697088
+def find_layout(
     path: Path,  # a folder, or a scan whose mask is named
     mask: Path | None = None,
 ) -> Layout | None:
@@ -280,15 +284,15 @@ def scan_files(
     path: Path,  # a folder
 ):
     "Each folder with its files by kind, without the masks of a known layout."
-    place = layout(path)
-    for folder, kinds in walk(place.scans if place else path):
-        if place and place.masks in (folder, *folder.parents):
+    layout = find_layout(path)
+    for folder, kinds in walk(layout.scans if layout else path):
+        if layout and layout.masks in (folder, *folder.parents):
             continue
-        if place and place.kind == CASE_FOLDERS:
+        if layout and layout.kind == CASE_FOLDERS:
             kinds["NIfTI"] = [p for p in kinds.get("NIfTI", ()) if stem(p) == "ct"]
         yield folder, kinds
 
-
+# %% ../../nbs/ct/05_find.ipynb #f824f185
 def scan_kinds(
     path: Path,  # a folder or a file
 ) -> dict:  # kind -> files
@@ -301,7 +305,7 @@ def scan_kinds(
             kinds.setdefault(kind, []).extend(files)
     return kinds
 
-
+# %% ../../nbs/ct/05_find.ipynb #442dea89
 def scan_places(
     path: Path,  # a folder or a file
 ):

@@ -34,9 +34,12 @@ def _ranges(numbers):
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return ", ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
 
-
-def first_place(where, start=None):
-    "The place of the first True; `start` is the index of the array's own corner in the file."
+# %% ../../nbs/ct/02_labels.ipynb #5547b32c
+def first_place(
+    where: np.ndarray,  # bool
+    start: tuple | None = None,  # index in the file of the array's own corner
+) -> str:
+    "The place of the first True, for messages."
     index = np.array(np.unravel_index(where.argmax(), where.shape))
     index += 0 if start is None else start
     if where.ndim == 2:
@@ -119,14 +122,19 @@ def _whole(values, path, start):
         )
     return whole
 
-
-def is_colours(labels):
+# %% ../../nbs/ct/02_labels.ipynb #2cdd6afe
+def is_colours(
+    labels: LabelMap,
+) -> bool:
     "Whether the map's numbers are packed colours."
     return max(labels.ids) > _LAST_ID
 
-
-def look_up(labels, values):
-    "Classes of whole numbers, uint8 of the same shape; 255 for those without a meaning."
+# %% ../../nbs/ct/02_labels.ipynb #7b7ee865
+def look_up(
+    labels: LabelMap,
+    values: np.ndarray,  # whole numbers
+) -> np.ndarray:  # uint8, same shape
+    "Classes of numbers; `UNKNOWN` for those without a meaning."
     if is_colours(labels):
         classes = np.full(values.shape, UNKNOWN, np.uint8)
         for number, organ in labels.ids.items():
@@ -143,9 +151,15 @@ def look_up(labels, values):
         values = np.where(beyond, _LAST_ID + 1, values)
     return labels.table[values]
 
-# %% ../../nbs/ct/02_labels.ipynb #f1ed88d8
-def unknown_values(labels, values, wrong, path, start=None):
-    "How many pixels have a value without meaning, where the first is, and what would be right."
+# %% ../../nbs/ct/02_labels.ipynb #8e870223
+def unknown_values(
+    labels: LabelMap,
+    values: np.ndarray,  # whole numbers
+    wrong: np.ndarray,  # bool: which of them have no meaning
+    path: str | Path,  # of the file
+    start: tuple | None = None,  # index in the file of the first value
+) -> str:
+    "How many have a value without meaning, where the first is, and what would be right."
     strange = values[wrong]
     value, kinds = strange[0], len(np.unique(strange))
     show = (lambda v: f"#{v:06x}") if is_colours(labels) else str
@@ -166,7 +180,7 @@ def _spellings(organ):
     parts = set().union(*needed, map(_words, organ.more_parts))
     return whole, needed, parts
 
-
+# %% ../../nbs/ct/02_labels.ipynb #9ed529bc
 def _by_name(names):
     "The class of each of a dataset's names, 0 for what is no organ of ours."
     words, classes = {_words(name) for name in names}, {}
@@ -183,8 +197,10 @@ def _once(pairs):
         raise ValueError(f"a key stands there twice among {', '.join(key for key, _ in pairs)}")
     return dict(pairs)
 
-
-def read_json(path):
+# %% ../../nbs/ct/02_labels.ipynb #4eff5e1e
+def read_json(
+    path: str | Path,
+) -> dict:
     "The object in a JSON file; raises `DataError`."
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
@@ -194,7 +210,7 @@ def read_json(path):
         raise DataError(f'{path} holds no JSON object such as {{"1": "liver", "6": "spleen"}}.')
     return table
 
-
+# %% ../../nbs/ct/02_labels.ipynb #80c65818
 def _id(value, title):
     "A number that can stand in a mask; raises `DataError`."
     if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)) or int(value) > _LAST_ID:
@@ -248,7 +264,7 @@ def _total():
     ids = {_TOTAL[name]: organ for name, organ in names.items()}
     return LabelMap("label map totalsegmentator", {0: 0, **ids}, names, others=True)
 
-
+# %% ../../nbs/ct/02_labels.ipynb #16e23b66
 PRESETS = {
     "rsna": LabelMap(
         "label map rsna", {c.id: c.id for c in CLASSES}, {c.key: c.id for c in CLASSES}
@@ -261,7 +277,11 @@ PRESETS = {
 }
 
 # %% ../../nbs/ct/02_labels.ipynb #4d5cd6e7
-def json_class(value, key, path):
+def json_class(
+    value: str | int | None,  # a class by key, number or null
+    key: str,  # to which the file gives it, for messages
+    path: str | Path,
+) -> int:
     "The class id that a JSON file gives; raises `DataError`."
     ids = {_words(c.key): c.id for c in CLASSES}
     if value is None:
@@ -276,7 +296,7 @@ def json_class(value, key, path):
         f" {len(CLASSES) - 1}, or null for background."
     )
 
-
+# %% ../../nbs/ct/02_labels.ipynb #0d0a4131
 def _check_number(key, organ, path):
     "Raises `DataError` if a name of ours gets the number of another class: they are not ours."
     for ours in ORGANS:
@@ -288,7 +308,7 @@ def _check_number(key, organ, path):
                 " the class in words."
             )
 
-
+# %% ../../nbs/ct/02_labels.ipynb #6436d373
 def _json_labels(path):
     "The label map in a JSON file; raises `DataError`."
     title, table = f"label map {path}", read_json(path)

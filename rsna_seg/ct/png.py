@@ -42,7 +42,7 @@ def png_pixels(
         raise DataError(f"{path} is no PNG or is damaged; copy it again.")
     return pixels
 
-
+# %% ../../nbs/ct/09_png.ipynb #4a53b502
 def _grey(pixels, path, advice):
     "Grey from grey, or from colours with equal channels; raises `DataError`."
     if pixels.ndim == 2:
@@ -56,7 +56,7 @@ def _grey(pixels, path, advice):
         )
     return np.ascontiguousarray(pixels[..., 0])
 
-
+# %% ../../nbs/ct/09_png.ipynb #5f1c7a87
 def _read_bytes(path):
     try:
         return Path(path).read_bytes()
@@ -155,7 +155,7 @@ def png_values(
     values = _grey(pixels, path, "give --encoding rgb or a JSON file of its colours")
     return values // (255 // (2**bits - 1)) if bits < 8 else values
 
-
+# %% ../../nbs/ct/09_png.ipynb #9712dcbd
 def _packed(pixels, grey, path):
     "Red, green and blue as one number, (row, col); raises `DataError`."
     if grey:
@@ -195,7 +195,7 @@ def _ramps_and_jumps(values):
     near = (right - left == 1) | (left - right == 1)
     return ramps, np.count_nonzero(up) + np.count_nonzero(down) - np.count_nonzero(near)
 
-
+# %% ../../nbs/ct/09_png.ipynb #f7441ae5
 def mask_damage(
     values: np.ndarray,  # ids as they stand in the file, or classes, whole numbers, (row, col)
     path: str | Path = "",  # of the file, for the example
@@ -239,7 +239,7 @@ def _channels(values, labels):
         return np.stack([values >> bits & 255 for bits in (16, 8, 0)], axis=-1)
     return values[..., None]
 
-
+# %% ../../nbs/ct/09_png.ipynb #019a1243
 def _nearly_fit(values, labels):
     "Whether most of the unknown values lie near those of the map."
     pixels, levels = _channels(values, labels), _channels(np.unique(list(labels.ids)), labels)
@@ -250,7 +250,7 @@ def _nearly_fit(values, labels):
 def _fits(kinds, labels):
     return all(int(kind) in labels.ids for kind in kinds)
 
-
+# %% ../../nbs/ct/09_png.ipynb #e712d2a6
 def _other_encoding(values, encoding, labels):
     "What grey values are, if all of them fit another encoding or dataset."
     kinds = np.unique(values)
@@ -271,7 +271,7 @@ def _other_encoding(values, encoding, labels):
             return f"all values would fit --labels {' or '.join(known)}; give the one it is from"
     return None
 
-
+# %% ../../nbs/ct/09_png.ipynb #5853bcc2
 def _advice(values, encoding, labels):
     "What a PNG mask with unknown values probably is, and what to do."
     grey, scales = encoding in _STEPS, [mask_labels(encoding, labels)]
@@ -307,7 +307,7 @@ def png_classes(
         raise DataError(f"{unknown_values(meant, values, wrong, path)}; {advice}.")
     return classes
 
-
+# %% ../../nbs/ct/09_png.ipynb #710132c5
 def read_mask_png(
     path: str | Path,  # a mask
     encoding: str | Path = "raw",  # raw, x40, x51, palette, rgb, or a JSON file of colours

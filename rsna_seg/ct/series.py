@@ -25,12 +25,12 @@ def _text(header, *tags):
     first = next((value for value in values if value not in (None, "")), "")
     return " ".join(map(str, np.atleast_1d(first)))
 
-
+# %% ../../nbs/ct/09_series.ipynb #6241aa04
 def _date(header):
     text = _text(header, "AcquisitionDate", "SeriesDate", "StudyDate")
     return re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", text)
 
-
+# %% ../../nbs/ct/09_series.ipynb #0df64d66
 def _distance(files):
     "Median distance of neighbouring slices along their normal in mm; NaN if it is unknown."
     try:
@@ -59,7 +59,7 @@ def _series_table(series, root):
     rows = natsorted(rows, key=lambda row: (row["number"], row["series"]))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/ct/09_series.ipynb #890cb8a7
 def series_in(
     files: list[Path],  # DICOM files
     path: Path,  # where they are from, for messages
@@ -71,16 +71,17 @@ def series_in(
         raise ScanError(f"{path} holds no CT slice. {' '.join(notes[:3])}".strip())
     return series, notes
 
-# %% ../../nbs/ct/09_series.ipynb #d2e5c267
+# %% ../../nbs/ct/09_series.ipynb #41940068
 def list_series(
     path: str | Path,  # a folder with DICOM files somewhere below, a zip file of one, or one file
 ) -> pd.DataFrame:  # series (UID), number, description, slices, spacing, size, kernel, date, folder
     "A row for each CT series; raises `ScanError`."
-    with unpacked(path) as place, reading(path):
-        files = scan_kinds(place).get("DICOM")
+    with unpacked(path) as contents, reading(path):
+        files = scan_kinds(contents).get("DICOM")
         if not files:
             raise ScanError(f"{path} holds no DICOM file, so there are no series to list.")
-        return _series_table(series_in(files, path)[0], place if place.is_dir() else place.parent)
+        root = contents if contents.is_dir() else contents.parent
+        return _series_table(series_in(files, path)[0], root)
 
 # %% ../../nbs/ct/09_series.ipynb #c30dd29b
 def _matching(table, wish):
@@ -92,7 +93,7 @@ def _matching(table, wish):
             return list(table.series[way])
     return []
 
-
+# %% ../../nbs/ct/09_series.ipynb #94c6e88b
 def _line(row):
     "A series as a line of a message."
     apart = f" {row.spacing_mm:.4g} mm apart" if row.spacing_mm > 0 else ""
@@ -107,7 +108,7 @@ def _line(row):
     ]
     return f"  {row.series or '(no UID)'}: {', '.join(filter(None, facts))}"
 
-
+# %% ../../nbs/ct/09_series.ipynb #38ded4b4
 def chosen_series(
     series: dict,  # of `series_in`
     wish: str | int | None,  # a UID, its beginning or end, or a series number

@@ -393,7 +393,7 @@ def inspect_data(
     jobs: int = -1,  # processes; -1 is one for each core
 ) -> Quality:
     "Reads every slice of a dataset folder once and checks it; raises `DataError` if the folder is incomplete."
-    from rsna_seg.data import open_data  # brings torch, which the processes that measure need not load
+    from rsna_seg.ct.store import open_data# brings torch, which the processes that measure need not load
 
     data = open_data(folder)
     labelled = [o for o in ORGANS if o.key in data.info["labelled"]]
