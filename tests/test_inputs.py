@@ -176,7 +176,7 @@ def test_pngs_that_are_no_scan(patient, tmp_path):
     data = (folder / "slice4.png").read_bytes()
     for name, broken in {"cut": data[: len(data) // 2], "wrong": data[:200] + b"x" + data[201:], "text": b"a text"}.items():
         (tmp_path / f"{name}.png").write_bytes(broken)
-        refused(tmp_path / f"{name}.png", f"{name}.png is no PNG or is damaged")
+        refused(tmp_path / f"{name}.png", f"{name}.png cannot be read: it is no PNG or is damaged")
     pngs(tmp_path / "two" / "images", grey), pngs(tmp_path / "two" / "masks", grey)
     refused(tmp_path / "two", "PNGs in images", "give the folder of one scan")
     assert list(scan_table(tmp_path / "two").path) == [tmp_path / "two" / "images"]  # masks are no scan

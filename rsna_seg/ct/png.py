@@ -9,6 +9,7 @@ __all__ = ['ENCODINGS', 'png_pixels', 'read_png', 'mask_labels', 'png_values', '
 # %% ../../nbs/ct/09_png.ipynb #ea674931
 import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,16 +31,14 @@ def png_pixels(
     path: str | Path,  # of the file, for messages
 ) -> np.ndarray:  # as stored: uint8 or uint16, (row, col) or (row, col, colour) with blue first
     "The pixels of a PNG; raises `DataError` if it is none or is damaged."
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+    pixels = None
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        with suppress(cv2.error):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
         jpeg = data.startswith(b"\xff\xd8\xff")
         what = "a JPEG, which changes values, and no PNG" if jpeg else "no PNG or is damaged"
-        raise DataError(f"{path} is {what}; export it again as PNG.")
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        raise DataError(f"{path} is no PNG or is damaged; copy it again.")
+        raise DataError(f"{path} cannot be read: it is {what}; make it again as PNG.")
     return pixels
 
 # %% ../../nbs/ct/09_png.ipynb #4a53b502
