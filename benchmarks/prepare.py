@@ -76,7 +76,7 @@ import sys
 from pathlib import Path
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.store import write_case
-from rsna_seg.ct.find import ScanCase
+from rsna_seg.ct.cases import ScanCase
 
 scan, mask, out = map(Path, sys.argv[1:])
 reason = write_case(ScanCase("p", "s", scan, (mask,)), out, 512, 50, 400, [o.key for o in ORGANS])

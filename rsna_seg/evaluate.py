@@ -15,7 +15,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import SliceDataset, cores, open_data, quiet_worker, read_png
+from .data import SliceDataset, cores, quiet_worker
+from .ct.store import open_data
+from .ct.png import read_png
 from .files import ConfigError, DataError, RsnaSegError
 from .ct.labels import label_map
 from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
@@ -24,7 +26,9 @@ from .predict import PredictConfig, Predictor, from_square
 from .ct.scan import off_square, square_grid, window
 from .ct.dicom import read_scan
 from .scoring.judge import Evaluation, Judge, Spacing, Tolerance, slices_to_show
-from .ct.find import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all
+from rsna_seg.ct.cases import (
+    ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all,
+)
 from .train import open_run
 
 # %% ../nbs/05_evaluate.ipynb #ff23d2cc
@@ -232,7 +236,10 @@ def evaluate(
     device, data = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(data)
     if (data / "manifest.csv").exists() or data.name.endswith(".unfinished") or not data.exists():
         return _on_dataset(checkpoint, data, split, fold, batch_size, workers, device, tolerance, pictures)
-    return _on_scans(checkpoint, data, mask, source, batch_size, device, tolerance, pictures)
+    with unpacked(data) as scans:  # of a zip file
+        result = _on_scans(checkpoint, scans, mask, source, batch_size, device, tolerance, pictures)
+    result.about["data"]["source"] = str(data)
+    return result
 
 # %% ../nbs/05_evaluate.ipynb #8caa3ddc
 def _mask_cases(folder, labels, scans):

@@ -27,7 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .augment import Augment, AugmentConfig
-from .data import SliceData, SliceDataset, balanced_weights, cores, make_loader, open_data
+from .ct.store import SliceData, open_data
+from .data import SliceDataset, cores, make_loader
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .training.loop import Tally, freeze_encoder, make_loop, peak_memory, put_state, read_state, start_accelerator, train_epoch, valid_epoch
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
@@ -237,8 +238,7 @@ def _loaders(data, config, accelerator):
     train = SliceDataset(data, "train", config.size, Augment(config.augment), config.seed, config.channels)
     valid = SliceDataset(data, config.validate_on, config.size, channels=config.channels)
     shared = {"workers": config.workers, "process": accelerator.process_index, "processes": accelerator.num_processes}
-    weights = balanced_weights(train.rows, data.info["labelled"]) if config.balance else None
-    return (make_loader(train, config.batch_size, accumulation=config.accumulation, shuffle=True, seed=config.seed, weights=weights, **shared),
+    return (make_loader(train, config.batch_size, accumulation=config.accumulation, shuffle=True, seed=config.seed, **shared),
             make_loader(valid, config.batch_size, accumulation=accelerator.num_processes, **shared))
 
 

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 import rsna_seg.train
-from rsna_seg.data import SliceDataset, StepSampler, make_loader, open_data
+from rsna_seg.data import SliceDataset, StepSampler, make_loader
+from rsna_seg.ct.store import open_data
 from rsna_seg.files import ConfigError
 from rsna_seg.training.loop import Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch
 from rsna_seg.scoring.metrics import Confusion

@@ -21,9 +21,15 @@ from rsna_seg.model import Card, build_model, read_card, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.predict import PredictConfig, Predictor
+<<<<<<< /tmp/tmpdqmscjg8/o
 from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.find import find_source
+from rsna_seg.ct.cases import find_source
+=======
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.cases import find_source
+>>>>>>> /tmp/tmpdqmscjg8/t
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)
@@ -88,7 +94,7 @@ def test_a_grid_that_is_no_square(tmp_path):
 
 
 def test_organs_that_are_not_to_be_judged(world):
-    from rsna_seg.ct.find import SourceConfig
+    from rsna_seg.ct.cases import SourceConfig
 
     checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
     volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes

@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import zipfile
-from pathlib import Path
 
 import cv2
 import nibabel as nib
@@ -17,7 +16,9 @@ from hypothesis import strategies as st
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from rsna_seg.files import ConfigError, DataError, RsnaSegError, ScanError
-from rsna_seg.ct.inputs import from_array, hu_of_grey, is_one_scan, list_series, opened, read_input, scan_table
+from rsna_seg.ct.inputs import from_array, hu_of_grey, opened, read_input, scan_table
+from rsna_seg.ct.find import is_one_scan
+from rsna_seg.ct.series import list_series
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
 from rsna_seg.ct.scan import in_source_order, window
 from rsna_seg.ct.dicom import read_scan
@@ -177,9 +178,13 @@ def test_pngs_that_are_no_scan(patient, tmp_path):
     data = (folder / "slice4.png").read_bytes()
     for name, broken in {"cut": data[: len(data) // 2], "wrong": data[:200] + b"x" + data[201:], "text": b"a text"}.items():
         (tmp_path / f"{name}.png").write_bytes(broken)
-        refused(tmp_path / f"{name}.png", f"{name}.png is no PNG or is damaged")
+        refused(tmp_path / f"{name}.png", f"{name}.png cannot be read: it is no PNG or is damaged")
     pngs(tmp_path / "two" / "images", grey), pngs(tmp_path / "two" / "masks", grey)
-    refused(tmp_path / "two", "PNGs in images, masks")
+    refused(tmp_path / "two", "PNGs in images", "give the folder of one scan")
+    assert list(scan_table(tmp_path / "two").path) == [tmp_path / "two" / "images"]  # masks are no scan
+    shutil.copytree(tmp_path / "two" / "images", tmp_path / "more" / "native")
+    shutil.copytree(tmp_path / "two" / "images", tmp_path / "more" / "portal")
+    refused(tmp_path / "more", "PNGs in native, portal")
     assert read_input(tmp_path / "two" / "images").hu.shape == grey.shape
     cv2.imwrite(str(tmp_path / "photo.jpg"), grey[0])
     refused(tmp_path / "photo.jpg", "JPEG")
@@ -491,7 +496,7 @@ def test_a_table_in_a_file(study, tmp_path):
         "": "no column path, but is empty",
         "path,name\n,ann\n": "line 2: the path is empty",
         "path\n": "lists no scan",
-        "path,name\na/ct,b,c\n": "line 2: more cells than columns",
+        "path,name\na/ct,b,c\n": "Expected 2 fields in line 2, saw 3",
         "path,spacing\na/ct,5 0.8\n": "line 2: the spacing 5 0.8 is not three",
         "path,spacing\na/ct,5 0.8 -1\n": "line 2: the spacing",
     }.items():
@@ -525,7 +530,7 @@ def test_real_folders_that_are_no_series(real_ct):
     for row in table.itertuples():
         if "notavolume" not in row.folder:
             assert len(read_input(real_ct / "dicom_geometry", row.series).hu) == row.slices
-    refused(real_ct / "curvas_png", "PNGs in images, masks")
+    refused(real_ct / "curvas_png", "PNGs in images", "give the folder of one scan")
 
 
 def test_real_pngs_and_nifti(real_ct):
@@ -537,4 +542,4 @@ def test_real_pngs_and_nifti(real_ct):
     case = real_ct / "totalseg_example"
     assert read_input(case / "ct.nii.gz").notes == ()
     assert "mask of labels" in read_input(case / "segmentation.nii.gz").notes[0]
-    assert sorted(scan_table(case).name) == ["ct", "segmentation"]
+    assert list(scan_table(case).name) == ["ct"]  # the mask beside it is no scan

@@ -12,7 +12,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from rsna_seg.augment import AugmentConfig
-from rsna_seg.data import PrepareConfig, SliceDataset, open_data, prepare
+from rsna_seg.data import PrepareConfig, SliceDataset, prepare
+from rsna_seg.ct.store import open_data
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune

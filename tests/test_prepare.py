@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rsna_seg.data import PrepareConfig, add_split, balanced_draw, open_data, prepare
+from rsna_seg.data import PrepareConfig, add_split, balanced_draw, prepare
+from rsna_seg.ct.store import open_data
 from rsna_seg.files import DataError, OutputError
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import write_kaggle

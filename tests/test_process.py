@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from rsna_seg.data import PrepareConfig, open_data, prepare
+from rsna_seg.data import PrepareConfig, prepare
+from rsna_seg.ct.store import open_data
 from rsna_seg.ct.phantom import write_kaggle
 
 TRAIN = """

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import cv2
 import nibabel as nib
@@ -12,13 +13,22 @@ from highdicom.seg import SegmentDescription, Segmentation
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from rsna_seg.data import PrepareConfig, open_data, prepare
-from rsna_seg.files import DataError
+from rsna_seg.data import PrepareConfig, prepare
+from rsna_seg.ct.store import open_data
+from rsna_seg.files import DataError, RsnaSegError
+from rsna_seg.ct.find import is_one_scan, unpacked
+from rsna_seg.ct.inputs import read_input, scan_table
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
+<<<<<<< /tmp/tmp6mpwyar_/o
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import window
-from rsna_seg.ct.find import SourceConfig, find_source
+from rsna_seg.ct.cases import SourceConfig, find_source
+=======
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.scan import window
+from rsna_seg.ct.cases import SourceConfig, find_source
+>>>>>>> /tmp/tmp6mpwyar_/t
 
 SIZE, SLICES = 64, 10
 SMALL = {"size": SIZE, "jobs": 1}
@@ -189,7 +199,7 @@ def write_seg(path, folder, mask, organs):
     "The organs of a mask, which runs as the sorted files, as DICOM SEG by highdicom."
     slices = sorted((pydicom.dcmread(p) for p in folder.glob("*.dcm")), key=lambda d: d.ImagePositionPatient[2])
     about = [
-        SegmentDescription(n, o.name, codes.SCT.Organ, pydicom.sr.coding.Code(o.snomed, "SCT", o.name), "MANUAL")
+        SegmentDescription(n, o.name, codes.SCT.Organ, pydicom.sr.coding.Code(o.snomed[0], "SCT", o.name), "MANUAL")
         for n, o in enumerate(organs, 1)
     ]
     pixels = np.stack([mask == o.id for o in organs], axis=-1).astype(np.uint8)
@@ -224,7 +234,7 @@ def test_two_named_files(patients, tmp_path):
     write_mask(tmp_path / "organs" / "kidney_left.nii.gz", (mask == 3).astype(np.uint8), affine)
     check(tmp_path / "p0.nii.gz", {"p0": patients["p0"]}, PrepareConfig(**SMALL, valid=0, seed=1), mask=tmp_path / "organs",
           labelled=["left_kidney"], name="by organ")  # fmt: skip
-    with pytest.raises(DataError, match="name its mask too"):
+    with pytest.raises(DataError, match="holds no masks; give .* --mask FILE"):
         find_source(tmp_path / "p0.nii.gz")
 
 
@@ -273,8 +283,11 @@ def test_nothing_known(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("no acute findings")
     for source in (tmp_path / "letters", tmp_path):
-        with pytest.raises(DataError, match="none of the layouts that are known: Kaggle's train_images"):
+        with pytest.raises(DataError, match="holds no scan that is known here; give a DICOM folder"):
             find_source(source)
+    write_series(tmp_path / "series", np.zeros((2, 8, 8), np.int16), np.eye(4))
+    with pytest.raises(DataError, match="holds no masks; give Kaggle's train_images"):
+        find_source(tmp_path / "series")
     with pytest.raises(DataError, match="does not exist"):
         find_source(tmp_path / "absent")
     with pytest.raises(DataError, match="not a complete dataset folder"):
@@ -287,3 +300,44 @@ def test_same_slices_from_every_door(patients, tmp_path):
     write_series(tmp_path / "dicom", hu, affine)
     write_mask(tmp_path / "ct.nii", hu, affine, "PIR")
     np.testing.assert_array_equal(read_scan(tmp_path / "dicom").hu, read_scan(tmp_path / "ct.nii").hu)
+
+
+def test_training_and_prediction_see_the_same_scans(patients, tmp_path):
+    "What is a mask for one is no scan for the other, and what is no scan has the same sentence."
+    for patient, (hu, mask, affine) in patients.items():
+        write_series(tmp_path / "kaggle" / "train_images" / patient / "7", hu, affine)
+        write_mask(tmp_path / "kaggle" / "segmentations" / "7.nii", mask, affine)
+        write_mask(tmp_path / "nnunet" / "imagesTr" / f"{patient}_0000.nii.gz", hu, affine)
+        write_mask(tmp_path / "nnunet" / "labelsTr" / f"{patient}.nii.gz", mask, affine)
+        write_mask(tmp_path / "cases" / patient / "ct.nii.gz", hu, affine)
+        write_mask(tmp_path / "cases" / patient / "segmentation.nii.gz", mask, affine)
+        for z in range(SLICES):
+            write_png(tmp_path / "png" / "images" / patient / "7" / f"{z}.png", window(hu[z]))
+            write_png(tmp_path / "png" / "masks" / patient / "7" / f"{z}.png", mask[z])
+    for layout in ("nnunet", "cases", "png"):
+        scans = scan_table(tmp_path / layout)
+        assert set(scans.path) == {case.scan for case in find_source(tmp_path / layout).cases}, layout
+        assert len(scans) == 3 and not is_one_scan(tmp_path / layout)
+    assert sorted(scan_table(tmp_path / "nnunet").name) == sorted(scan_table(tmp_path / "cases").name) == sorted(patients)
+    assert len(scan_table(tmp_path / "kaggle")) == 3
+    (tmp_path / "letters").mkdir()
+    sentences = []
+    for look in (find_source, scan_table, read_input):
+        with pytest.raises(RsnaSegError) as error:
+            look(tmp_path / "letters")
+        sentences.append(str(error.value))
+    assert len(set(sentences)) == 1 and "holds no scan" in sentences[0]
+
+
+def test_a_zip_file_is_opened_for_its_masks_too(patients, tmp_path):
+    hu, mask, affine = patients["p0"]
+    write_mask(tmp_path / "in" / "p0" / "ct.nii.gz", hu, affine)
+    write_mask(tmp_path / "in" / "p0" / "segmentation.nii.gz", mask, affine)
+    packed = shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "in")
+    with unpacked(packed) as folder:
+        case = find_source(folder).cases[0]
+        np.testing.assert_array_equal(case.mask_on(read_scan(case.scan)), mask)
+    assert not folder.exists()
+    with pytest.raises(DataError, match="packed.zip holds no masks"), unpacked(packed) as folder:
+        (folder / "p0" / "segmentation.nii.gz").unlink()
+        find_source(folder)

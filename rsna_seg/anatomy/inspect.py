@@ -22,7 +22,8 @@ from rsna_seg.anatomy.checks import (
 from .measure import Slice, measure
 from ..ct.organs import CLASSES, ORGANS, in_words
 from ..ct.store import damaged_rows
-from ..data import open_data, read_png
+from ..ct.store import open_data
+from ..ct.png import read_png
 from ..files import DataError
 
 # %% ../../nbs/anatomy/03_inspect.ipynb #b0ec7162

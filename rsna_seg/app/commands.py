@@ -18,13 +18,16 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..scoring.compare import compare, write_comparison
-from ..data import PrepareConfig, SliceDataset, open_data, prepare
+from ..data import PrepareConfig, SliceDataset, prepare
+from ..ct.store import open_data
 from .demo import DemoConfig, demo
 from ..evaluate import evaluate, score_masks
 from ..engines.export import export_int8, export_model, push_to_hub, save_pretrained
 from ..files import whole_file
 from ..finetune import FinetuneConfig, finetune
-from ..ct.inputs import is_one_scan, list_series, opened
+from ..ct.find import is_one_scan
+from ..ct.series import list_series
+from ..ct.inputs import opened
 from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
@@ -36,7 +39,7 @@ from ..anatomy.inspect import inspect_data
 from ..report.dataset import write_quality
 from ..ct.scan import to_square, window
 from ..scoring.judge import Tolerance
-from ..ct.find import SourceConfig
+from ..ct.cases import SourceConfig
 from ..report.evaluation import write_evaluation
 from ..train import TrainConfig, begin_model, open_for_training, open_run, train
 

@@ -32,7 +32,7 @@ from ..ct.phantom import write_kaggle
 from ..predict import Predictor
 from ..ct.saved import save_segmentation
 from ..ct.nifti import read_mask
-from ..ct.find import find_source
+from ..ct.cases import find_source
 from ..report.evaluation import write_evaluation
 from ..train import TrainConfig, train
 

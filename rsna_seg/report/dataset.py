@@ -16,7 +16,7 @@ from ..anatomy.checks import ADVICE
 from ..anatomy.inspect import Quality, summarise
 from ..ct.organs import CLASSES, ORGANS, overlay
 from ..ct.scan import to_square
-from ..data import read_png
+from ..ct.png import read_png
 from ..files import DataError, whole_file, writing
 from .page import Section, write_report
 from .plots import Paper, organ_legend

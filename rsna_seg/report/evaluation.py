@@ -23,7 +23,7 @@ from ..ct.organs import CLASSES, ORGANS
 from .page import Section, format_value, write_report
 from ..scoring.roc import calibration_error
 from ..scoring.judge import SCORES, Evaluation
-from ..ct.find import case_name
+from ..ct.cases import case_name
 from rsna_seg.report.plots import (
     boundary_box, case_panels, confusion_matrix, dice_by_volume, organ_bars, patient_dice, reliability_curves, roc_curves,
     save_png, training_curves,

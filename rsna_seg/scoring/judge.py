@@ -22,7 +22,7 @@ from .metrics import dice, iou, merge_unlabelled, score_table, slice_confusions
 from ..ct.organs import CLASSES, ORGANS
 from ..report.plots import mosaic, save_png
 from .roc import RocHistogram, calibration_error
-from ..ct.find import case_name
+from ..ct.cases import case_name
 from .surfaces import SurfaceTally
 
 # %% ../../nbs/scoring/02_judge.ipynb #90769622

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..augment import Augment
-from ..data import SliceData, SliceDataset, make_loader
+from ..ct.store import SliceData
+from ..data import SliceDataset, make_loader
 from ..files import ConfigError, TrainingError
 from .loop import Tally, add_gradients, make_loop, make_step, peak_memory, settle, start_accelerator, train_epoch
 from ..model import ALL_ORGANS, as_input, build_model
