@@ -16,6 +16,7 @@ from joblib import Parallel, delayed
 from rounds import report, summary
 
 from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.organs import ORGAN
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.scoring.metrics import dice, side_confusion
@@ -57,8 +58,9 @@ def one_run(data, seed, fold, side, encoder_weights):
         save_checkpoint(model, Path(folder) / "last.pth", card)
         matrix = evaluate(Path(folder) / "last.pth", data, workers=0, fold=fold).matrix
     wrong = 100 * side_confusion(matrix)
-    _, liver, _, left, right, _ = dice(matrix)
-    return {"sides": side, "seed": seed, "fold": fold, **dict(zip(UNITS, (liver, left, right, wrong, seconds)))}
+    scores = dice(matrix)
+    judged = [scores[ORGAN[key].id] for key in ("liver", "left_kidney", "right_kidney")]
+    return {"sides": side, "seed": seed, "fold": fold, **dict(zip(UNITS, (*judged, wrong, seconds)))}
 
 
 def several(values, unit):

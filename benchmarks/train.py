@@ -21,20 +21,29 @@ from rounds import arguments, report, speeds, summary
 from torch.utils.data import DataLoader, Subset
 
 from rsna_seg.augment import Augment
+<<<<<<< /tmp/tmpanpyemc2/o
 from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
 from rsna_seg.ct.store import open_data
 from rsna_seg.training.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
-from rsna_seg.model import ALL_ORGANS, ENCODER, SegLoss, build_model
+from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.model import ENCODER, SegLoss, build_model
+=======
+from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
+from rsna_seg.ct.store import open_data
+from rsna_seg.training.loop import Tally, make_loop, start_accelerator, train_epoch
+from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.model import ENCODER, SegLoss, build_model
+>>>>>>> /tmp/tmpanpyemc2/t
 from rsna_seg.ct.organs import CLASSES
 from rsna_seg.ct.phantom import write_kaggle
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BATCH, ACCUMULATION, SLICES = (32, 4, 1024) if GPU else (4, 2, 8)  # slices of a round
-CURVE = 17  # steps of one batch, whose losses are compared; the last one's is not looked at
+CURVE = 16  # steps of one batch, whose losses are compared
 LR, STEPS = 1e-3, 1000  # of the cosine
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISION = pick_precision("auto")
+PRECISION = start_accelerator("auto").mixed_precision
 OURS = "rsna_seg, float32" if PRECISION == "no" else f"rsna_seg, {PRECISION}"
 OURS32, USUAL = "rsna_seg, float32", "the usual loop, float32"
 
@@ -67,13 +76,13 @@ def repeated(dataset, slices):
 
 
 def ours(data, precision, slices, accumulation, augment):
-    "An epoch of `rsna_seg train`, as a function that gives the steps' losses but the last, and its loader."
+    "An epoch of `rsna_seg train`, as a function that gives the steps' losses, and its loader."
     dataset = SliceDataset(data, "train", transform=Augment() if augment else None)
     loader = Timed(make_loader(repeated(dataset, slices), BATCH, accumulation=accumulation, shuffle=True))
     model = build_model(encoder_weights="none")
     model.load_state_dict(first_weights())
     loop = make_loop(start_accelerator(precision), model, SegLoss(), list(ALL_ORGANS), LR, STEPS)
-    return lambda: [news["loss"] for _, news in train_epoch(loop, loader, Tally().to(DEVICE)) if news], loader
+    return lambda: [loss for _, loss in train_epoch(loop, loader, Tally())], loader
 
 
 def usual(data, precision, slices, accumulation, augment, seed=0):
@@ -150,7 +159,7 @@ def differences(folder, pools):
     curves = {}
     for name, (pool, way, precision, *seed) in ways.items():
         done = pools[pool].submit(train, folder, way, precision, CURVE * BATCH, 1, False, *seed)
-        curves[name] = np.array(done.result().losses[: CURVE - 1])
+        curves[name] = np.array(done.result().losses)
         print(f"{name}: loss", *(f"{loss:.4f}" for loss in curves[name]))
     return {name: abs(curve - curves[USUAL]).max() for name, curve in curves.items() if name != USUAL}
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from .ct.organs import mirrored
 from .files import ConfigError
 
 # %% ../nbs/01_augment.ipynb #71ae978b
@@ -24,34 +25,30 @@ import albumentations as A
 # %% ../nbs/01_augment.ipynb #0298f5f5
 @dataclass(frozen=True)
 class AugmentConfig:
-    "Probability of each transform, 0..1, how far it goes, and what a flip does to the kidneys' names."
+    "Probability of each transform, 0..1, how far it goes, and what a flip does to the sides."
     horizontal_flip: float = 0.5  # left and right exchanged in the image
     vertical_flip: float = 0.5  # front and back exchanged in the image
     rotate: float = 0.5  # probability of a rotation about the image's centre
     rotate_limit: float = 45.0  # largest angle in degrees, either way
     grid_distortion: float = 0.3  # a 5 x 5 grid, its lines shifted by up to 30 %
     coarse_dropout: float = 0.2  # one or two black boxes of 10 to 20 % of the side; the mask stays
-    sides: Literal["keep", "exchange", "off"] = "keep"  # labels of the two kidneys in a flip; off: no flips
+    sides: Literal["keep", "exchange", "off"] = "keep"  # labels of paired organs; off: no flips
 
     def __post_init__(self):
-        for name in ("horizontal_flip", "vertical_flip", "rotate", "grid_distortion", "coarse_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} {getattr(self, name)} is not a probability; give a number from 0 to 1.")
         if not 0 <= self.rotate_limit <= 180:
-            raise ConfigError(f"rotate_limit {self.rotate_limit} is not an angle from 0 to 180 degrees.")
+            raise ConfigError(f"rotate_limit {self.rotate_limit} is not from 0 to 180 degrees.")
         if self.sides not in ("keep", "exchange", "off"):
             raise ConfigError(f"sides {self.sides!r} is not known; choose keep, exchange or off.")
+        for name, value in vars(self).items():
+            if name not in ("rotate_limit", "sides") and not 0 <= value <= 1:
+                raise ConfigError(f"{name} {value} is not a probability; choose from 0 to 1.")
 
 # %% ../nbs/01_augment.ipynb #5afa20eb
-_OTHER_KIDNEY = np.arange(256, dtype=np.uint8)
-_OTHER_KIDNEY[[3, 4]] = 4, 3
-
-
 class _Mirror:
-    "A flip that calls the left kidney of the mirror image left."
+    "A flip that gives each organ the name of its mirror partner."
 
     def apply_to_mask(self, mask, *args, **params):
-        return _OTHER_KIDNEY[super().apply_to_mask(mask, *args, **params)]
+        return mirrored()[super().apply_to_mask(mask, *args, **params)]
 
 
 class _MirrorHorizontal(_Mirror, A.HorizontalFlip): pass
@@ -59,8 +56,10 @@ class _MirrorVertical(_Mirror, A.VerticalFlip): pass
 
 
 _FLIPS = {  # of each way to treat the sides; one that does nothing draws its number all the same
-    "keep": (A.HorizontalFlip, A.VerticalFlip), "exchange": (_MirrorHorizontal, _MirrorVertical), "off": (A.NoOp, A.NoOp),
-}  # fmt: skip
+    "keep": (A.HorizontalFlip, A.VerticalFlip),
+    "exchange": (_MirrorHorizontal, _MirrorVertical),
+    "off": (A.NoOp, A.NoOp),
+}
 
 # %% ../nbs/01_augment.ipynb #40e133fe
 class Augment:

@@ -20,7 +20,8 @@ from .ct.store import open_data
 from .ct.png import read_png
 from .files import ConfigError, DataError, RsnaSegError
 from .ct.labels import label_map
-from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
+from .ct.organs import ALL_ORGANS
+from .model import as_input, file_sha256, load_checkpoint, marginal_logits
 from .ct.organs import CLASSES, ORGANS
 from .predict import PredictConfig, Predictor, from_square
 from .ct.scan import off_square, square_grid, window

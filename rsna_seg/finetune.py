@@ -41,7 +41,10 @@ def finetune(
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
     model, card = load_checkpoint(checkpoint)
-    if Path(checkpoint).with_suffix(".json").exists() and card.channels != config.channels:  # a bare file does not say
-        raise ConfigError(f"{checkpoint} was trained with --channels {card.channels}, not {config.channels};"
-                          f" fine-tune it with --channels {card.channels}.")
-    return fit(model, data, out, config, begin_with=file_sha256(checkpoint), taught=card.labelled, watch=watch)
+    has_card = Path(checkpoint).with_suffix(".json").exists()  # a bare file does not say
+    if has_card and card.channels != config.channels:
+        raise ConfigError(
+            f"{checkpoint} was trained with --channels {card.channels}, not {config.channels};"
+            f" fine-tune it with --channels {card.channels}."
+        )
+    return fit(model, data, out, config, file_sha256(checkpoint), card.labelled, watch)

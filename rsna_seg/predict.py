@@ -28,7 +28,8 @@ from .anatomy.measure import organ_facts
 from .engines.engines import ENGINES, grow_box, logits_to_classes, make_engine, pick_engine
 from .files import ConfigError
 from .ct.inputs import opened
-from .model import ALL_ORGANS, file_sha256, load_checkpoint, marginal_logits
+from .ct.organs import ALL_ORGANS
+from .model import file_sha256, load_checkpoint, marginal_logits
 from .ct.organs import CLASSES, ORGANS, palette
 from .ct.outputs import probability_file
 from .ct.saved import save_segmentation

@@ -19,13 +19,14 @@ from rsna_seg.ct.store import open_data
 from rsna_seg.files import ConfigError
 from rsna_seg.training.loop import Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch
 from rsna_seg.scoring.metrics import Confusion
-from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, build_model
+from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.model import SegLoss, as_input, build_model
 from rsna_seg.train import TrainConfig, train
 
 PLAIN = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=2, encoder_weights="none", workers=0)
 LARGE = TrainConfig(size=64, batch_size=32, accumulation=2, epochs=2, encoder_weights="none", workers=0)
 EVERYTHING = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=5, encoder_weights="none", workers=1, save_minutes=0,
-                         ema=0.5, freeze_epochs=1, balance=True, patience=1)  # fmt: skip
+                         ema=0.5, freeze_epochs=1, patience=1)  # fmt: skip
 
 
 class First(Dataset):

@@ -25,7 +25,7 @@ from rsna_seg.engines import engines
 from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
-from rsna_seg.training.loop import keep_memory
+from rsna_seg.model import keep_memory
 from rsna_seg.model import Card, as_input, build_model, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.saved import save_segmentation

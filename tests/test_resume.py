@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 THIN = functools.partial(smp.Unet, decoder_channels=(16, 16, 8, 8, 8))  # the U-Net with a narrow decoder
 SMALL = {"size": 64, "workers": 0, "epochs": 3, "save_minutes": 0}
 FIRST = TrainConfig(**SMALL, batch_size=1, accumulation=2, encoder_weights="none", ema=0.9, clip=1.0)
-REFINE = FinetuneConfig(**SMALL, batch_size=2, freeze_epochs=1, balance=True, lr=1e-3)
+REFINE = FinetuneConfig(**SMALL, batch_size=2, freeze_epochs=1, lr=1e-3)
 VARIES = ["seconds", "slices_per_second", "peak_memory_gb"]  # from run to run
 
 
@@ -285,7 +285,7 @@ def goes_on(folder, half, **settings):
 OTHER = {
     "size": 96, "batch_size": 3, "accumulation": 3, "epochs": 4, "lr": 2e-3, "weight_decay": 0.1, "dice": 0.4, "focal": 0.6,
     "augment": AugmentConfig(rotate=0.4), "mixed_precision": "bf16", "validate_on": "train", "fold": 0, "seed": 1, "most_skipped": 19,
-    "clip": 2.0, "ema": 0.5, "patience": 7, "freeze_epochs": 2, "balance": None, "dice_over": "image", "preset": "base",
+    "clip": 2.0, "ema": 0.5, "patience": 7, "freeze_epochs": 2, "dice_over": "image", "preset": "base",
     "encoder_weights": "imagenet", "channels": "neighbours",
 }  # fmt: skip
 FREE = {"workers": 1, "save_minutes": 3.0, "trackers": ("tensorboard",)}  # nothing depends on them
@@ -311,7 +311,7 @@ SETTINGS.remove((FinetuneConfig, "channels"))  # what the checkpoint was trained
 def test_another_setting_is_refused(begun, tiny, kind, name, capsys):
     "Every setting that can change the weights, named in one sentence; nothing is written."
     start, words, config = begun[kind]
-    other = not config.balance if name == "balance" else OTHER[name]
+    other = OTHER[name]
     assert asdict(config)[name] != other
     files = {path: path.stat().st_mtime_ns for path in words[-1].rglob("*")}
     with pytest.raises(ConfigError, match=f"holds a run with {name} = .* go on with the same settings or choose another folder.$"):
@@ -351,7 +351,8 @@ def test_what_changes_no_weight_may_change(folder, half, name):
 def test_a_resumed_run_asks_for_no_weights(folder, tmp_path, tiny, monkeypatch):
     "What it started from is in its state; the hub need not be there a second time."
     asked = []
-    monkeypatch.setattr(rsna_seg.model, "_load_encoder", lambda *_: asked.append(1))
+    monkeypatch.setattr(nn.Sequential, "model", None, raising=False)  # where the U-Net's encoder has its weights
+    monkeypatch.setattr(rsna_seg.model, "_load_weights", lambda *_, **__: asked.append(1))
     monkeypatch.setattr(rsna_seg.model, "imagenet_file", lambda: asked.append(2))
     config = replace(FIRST, encoder_weights="imagenet")
     stopped(lambda: train(folder / "data", tmp_path, config), after=2)

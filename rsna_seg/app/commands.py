@@ -32,7 +32,8 @@ from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
 from ..ct.saved import check_outputs, save_segmentation
-from ..training.plan import find_lr, plan_run, suggest_lr
+from ..train import find_lr, plan_run
+from ..training.plan import suggest_lr
 from ..report.plots import learning_rate_curve, save_png, training_curves
 from ..predict import PredictConfig, Predictor
 from ..anatomy.inspect import inspect_data

@@ -139,7 +139,7 @@ class TorchEngine:
         self.autocast = self.device.type != "cpu" and dtype != torch.float32
         self.model = fold_batchnorm(model)
         if self.device.type == "cpu":
-            from rsna_seg.training.loop import keep_memory
+            from rsna_seg.model import keep_memory
 
             keep_memory()  # else the pages of each batch's features are fetched anew
             self.model = fold_upsampling(self.model).to(dtype)
