@@ -21,19 +21,12 @@ from rounds import arguments, report, speeds, summary
 from torch.utils.data import DataLoader, Subset
 
 from rsna_seg.augment import Augment
-<<<<<<< /tmp/tmpanpyemc2/o
 from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
 from rsna_seg.ct.store import open_data
 from rsna_seg.training.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
 from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.model import ENCODER, SegLoss, build_model
-=======
-from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
-from rsna_seg.ct.store import open_data
 from rsna_seg.training.loop import Tally, make_loop, start_accelerator, train_epoch
-from rsna_seg.ct.organs import ALL_ORGANS
-from rsna_seg.model import ENCODER, SegLoss, build_model
->>>>>>> /tmp/tmpanpyemc2/t
 from rsna_seg.ct.organs import CLASSES
 from rsna_seg.ct.phantom import write_kaggle
 

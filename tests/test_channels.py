@@ -16,15 +16,9 @@ from rsna_seg.scoring.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.predict import PredictConfig, Predictor
-<<<<<<< /tmp/tmp082t163z/o
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import window
 from rsna_seg.ct.cases import find_source
-=======
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import window
-from rsna_seg.ct.cases import find_source
->>>>>>> /tmp/tmp082t163z/t
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

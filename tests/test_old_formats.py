@@ -1,21 +1,6 @@
-<<<<<<< /tmp/tmp15mes8y9/o
-"What version 0.1.0 wrote stays readable."
+"What version 0.1.0 wrote still works: dataset folder, checkpoint, run."
 
 import hashlib
-import tarfile
-from pathlib import Path
-
-import pytest
-
-from rsna_seg.ct.organs import ALL_ORGANS
-from rsna_seg.ct.store import open_data
-from rsna_seg.data import SliceDataset
-
-FINGERPRINT = "bf0e5a87fd9a98a427477d7585b89965bce97aee160b1e992623ae62b2264686"
-OLD = Path(__file__).with_name("old") / "old.tar.xz"
-=======
-"What version 0.1.0 has written still works: dataset folder, checkpoint, run."
-
 import json
 import shutil
 import tarfile
@@ -26,45 +11,30 @@ import numpy as np
 import pytest
 import torch
 
+from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.ct.store import open_data
+from rsna_seg.data import SliceDataset
 from rsna_seg.files import ConfigError
 from rsna_seg.model import as_input, load_checkpoint
+from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.train import TrainConfig, open_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+FINGERPRINT = "bf0e5a87fd9a98a427477d7585b89965bce97aee160b1e992623ae62b2264686"
 OLD_RUN = TrainConfig(
     size=64, batch_size=4, accumulation=2, epochs=3, encoder_weights="none", workers=0, lr=3e-3, mixed_precision="no", ema=0.9, clip=1.0)  # fmt: skip
->>>>>>> /tmp/tmp15mes8y9/t
 
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-<<<<<<< /tmp/tmp15mes8y9/o
-    "A folder with a dataset folder, a run and a checkpoint of version 0.1.0."
-    folder = tmp_path_factory.mktemp("old")
-    with tarfile.open(OLD) as archive:
-=======
     "A folder with `data`, `run` (stopped after two of three epochs), `scan`, and what 0.1.0 made of them."
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(Path(__file__).parent / "old" / "old.tar.xz") as archive:
->>>>>>> /tmp/tmp15mes8y9/t
         archive.extractall(folder, filter="data")
     return folder
 
 
-<<<<<<< /tmp/tmp15mes8y9/o
-def test_a_dataset_folder_opens(old):
-    data = open_data(old / "data")
-    assert data.damaged(jobs=1) == []
-    table = (old / "data" / "manifest.csv").read_bytes()
-    assert data.info["fingerprint"] == hashlib.sha256(table).hexdigest() == FINGERPRINT
-    assert tuple(data.info["labelled"]) == ALL_ORGANS and data.skipped.empty
-    assert len(data.part("train")) + len(data.part("valid")) == len(data.manifest)
-    counts = {key: data.manifest[key].sum() for key in ALL_ORGANS}
-    assert all(count > 0 for count in counts.values()), counts
-    image, mask = SliceDataset(data, "train")[0]
-    assert image.shape == mask.shape == (data.info["size"], data.info["size"])
-=======
 @pytest.fixture
 def old_run(old, tmp_path):
     "A copy of the run."
@@ -104,4 +74,23 @@ def test_a_setting_that_is_gone_must_have_had_its_default(old, old_run):
 def test_another_setting_is_still_refused(old, old_run):
     with pytest.raises(ConfigError, match=r"holds a run with lr = 0\.003, not 0\.1"):
         train(old / "data", old_run, replace(OLD_RUN, lr=0.1))
->>>>>>> /tmp/tmp15mes8y9/t
+
+
+def test_a_dataset_folder_opens(old):
+    data = open_data(old / "data")
+    assert data.damaged(jobs=1) == []
+    table = (old / "data" / "manifest.csv").read_bytes()
+    assert data.info["fingerprint"] == hashlib.sha256(table).hexdigest() == FINGERPRINT
+    assert tuple(data.info["labelled"]) == ALL_ORGANS and data.skipped.empty
+    assert len(data.part("train")) + len(data.part("valid")) == len(data.manifest)
+    counts = {key: data.manifest[key].sum() for key in ALL_ORGANS}
+    assert all(count > 0 for count in counts.values()), counts
+    image, mask = SliceDataset(data, "train")[0]
+    assert image.shape == mask.shape == (data.info["size"], data.info["size"])
+
+
+def test_checkpoint_predicts_the_same_voxels(old):
+    result = Predictor(old / "run" / "best_model_512.pth", PredictConfig("torch"))(old / "scan")
+    expected = json.loads((old / "expected.json").read_text())["voxels"]
+    assert result.organs.voxels.to_dict() == pytest.approx(expected, abs=5)
+    assert result.card.versions["rsna_seg"] == "0.1.0"

@@ -18,19 +18,11 @@ from rsna_seg.evaluate import evaluate
 from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.scoring.metrics import dice, merge_unlabelled, pixel_accuracy
-<<<<<<< /tmp/tmpdy8zmuht/o
 from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.saved import save_segmentation
 from rsna_seg.ct.dicom import read_scan
-=======
-from rsna_seg.ct.organs import ALL_ORGANS
-from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
-from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.saved import save_segmentation
-from rsna_seg.ct.dicom import read_scan
->>>>>>> /tmp/tmpdy8zmuht/t
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.train import TrainConfig, train
 

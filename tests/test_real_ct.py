@@ -17,21 +17,9 @@ from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import as_input, load_checkpoint
 from rsna_seg.predict import Predictor
 from rsna_seg.ct.saved import save_segmentation
-<<<<<<< /tmp/tmpx5ziojnp/o
-<<<<<<< /tmp/tmp4z9xqhjq/o
 from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import to_square, window
-=======
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import to_square, window
->>>>>>> /tmp/tmp4z9xqhjq/t
-=======
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import to_square, window
->>>>>>> /tmp/tmpx5ziojnp/t
 from rsna_seg.train import TrainConfig, train
 
 SIZE, EPOCHS = 160, 34  # of the overfit

@@ -20,15 +20,9 @@ from rsna_seg.ct.find import is_one_scan, unpacked
 from rsna_seg.ct.inputs import read_input, scan_table
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
-<<<<<<< /tmp/tmp6mpwyar_/o
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import window
 from rsna_seg.ct.cases import SourceConfig, find_source
-=======
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import window
-from rsna_seg.ct.cases import SourceConfig, find_source
->>>>>>> /tmp/tmp6mpwyar_/t
 
 SIZE, SLICES = 64, 10
 SMALL = {"size": SIZE, "jobs": 1}
