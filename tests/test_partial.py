@@ -21,6 +21,7 @@ from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, load_checkpoint, read_
 from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
 from rsna_seg.ct.scan import read_scan
 from rsna_seg.report.evaluation import write_evaluation
+from rsna_seg.scoring.judge import states
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,8 +141,8 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
 
 def test_evaluation_judges_three_organs(world, tmp_path):
     result = evaluate(world / "first" / "best_model_512.pth", world / "three", workers=0)
-    states = result.states()
-    assert list(states.index[states["not labelled"] > 0]) == ["spleen", "bowel"]
+    counted = states(result)
+    assert list(counted.index[counted["not labelled"] > 0]) == ["spleen", "bowel"]
     table = result.table
     assert table.loc[["Spleen", "Bowel"]].isna().all(axis=None)
     for score in ("Dice", "IoU", "AUC-ROC"):
