@@ -155,7 +155,7 @@ def test_evaluation_judges_three_organs(world, tmp_path):
     assert table["AUC-ROC"]["Background"] == pytest.approx(background, abs=1e-4)
     assert result.matrix[:, [2, 5]].sum() == 0 and result.matrix.sum() == len(result.slices) * SIZE**2
     page = write_evaluation(result, tmp_path).read_text()
-    assert "Not labelled in this data, and so not judged: spleen, bowel." in page
+    assert "Not labelled in this data, and so not judged: spleen and bowel." in page
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert scores["labelled"] == list(OUTLINED) and scores["mean_over_patients"]["dice"]["bowel"]["mean"] is None
 
