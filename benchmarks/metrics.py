@@ -51,14 +51,14 @@ def made_up(count):
 
 def ours(truth, found, probabilities):
     "As `evaluate` counts them: a few slices at a time, nothing is kept but counts."
-    from rsna_seg.scoring.metrics import dice, iou, slice_confusions
-    from rsna_seg.scoring.roc import RocHistogram
+    from rsna_seg.scoring.metrics import METRICS, RocHistogram, class_outcomes, slice_confusions
 
     roc, matrix = RocHistogram(), 0
     for t, f, p in zip(truth.split(4), found.split(4), probabilities.split(4)):
         matrix = matrix + slice_confusions(f, t).sum(0)
         roc.update(p, t)
-    return matrix, dice(matrix), iou(matrix), roc.auc()
+    outcome = class_outcomes(matrix)
+    return matrix, METRICS["dice"].of(outcome), METRICS["iou"].of(outcome), roc.auc()
 
 
 def theirs(truth, found, probabilities):

@@ -161,7 +161,7 @@ def test_masks_of_another_tool(world, tmp_path):
     shutil.copytree(world / "tool", tool)
     (tool / "c2.nii").write_bytes((tool / "c2.nii").read_bytes()[:900])
     (tool / "c3.nii").unlink()
-    done = rsna_seg("score", tool, world / "true", tmp_path / "out", "--scans", world / "ct", "--tolerance.liver", "5")
+    done = rsna_seg("score", tool, world / "true", tmp_path / "out", "--scans", world / "ct", "--tolerance", "liver=5")
     assert done.returncode == 1 and "no prediction" in done.stderr and "c2.nii" in done.stderr, done.stderr
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [s["patient"] for s in found["skipped"]] == ["c2", "c3"]

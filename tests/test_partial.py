@@ -24,6 +24,7 @@ from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.saved import save_segmentation
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.report.evaluation import write_evaluation
+from rsna_seg.scoring.judge import states
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,8 +144,8 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
 
 def test_evaluation_judges_three_organs(world, tmp_path):
     result = evaluate(world / "first" / "best_model_512.pth", world / "three", workers=0)
-    states = result.states()
-    assert list(states.index[states["not labelled"] > 0]) == ["spleen", "bowel"]
+    counted = states(result)
+    assert list(counted.index[counted["not labelled"] > 0]) == ["spleen", "bowel"]
     table = result.table
     assert table.loc[["Spleen", "Bowel"]].isna().all(axis=None)
     for score in ("Dice", "IoU", "AUC-ROC"):
@@ -157,7 +158,7 @@ def test_evaluation_judges_three_organs(world, tmp_path):
     assert table["AUC-ROC"]["Background"] == pytest.approx(background, abs=1e-4)
     assert result.matrix[:, [2, 5]].sum() == 0 and result.matrix.sum() == len(result.slices) * SIZE**2
     page = write_evaluation(result, tmp_path).read_text()
-    assert "Not labelled in this data, and so not judged: spleen, bowel." in page
+    assert "Not labelled in this data, and so not judged: spleen and bowel." in page
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert scores["labelled"] == list(OUTLINED) and scores["mean_over_patients"]["dice"]["bowel"]["mean"] is None
 

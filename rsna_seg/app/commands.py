@@ -17,7 +17,8 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from ..scoring.compare import compare, write_comparison
+from ..scoring.compare import compare
+from ..report.comparison import write_comparison
 from ..data import PrepareConfig, SliceDataset, prepare
 from ..ct.store import open_data
 from .demo import DemoConfig, demo
@@ -152,6 +153,16 @@ class Finetune:
             _tell(finetune(self.checkpoint, self.data, self.out, self.config))
 
 # %% ../../nbs/app/01_commands.ipynb #bce0372a
+def _millimetres(words):
+    "The tolerance of NSD that words such as 3, or liver=3 and bowel=4, mean; raises `ConfigError`."
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return float(words[0])
+        return {key: float(mm) for key, mm in (word.split("=") for word in words)}
+    except ValueError as error:
+        raise ConfigError(f"--tolerance {' '.join(words)} is neither a number of mm nor ORGAN=MM.") from error
+
+
 def _tell_scores(result, out):
     "Writes a report, prints the Dice of each organ and what was left out; 1 if something was."
     report = write_evaluation(result, out)
@@ -175,12 +186,12 @@ class Evaluate:
     batch_size: int = 16  # slices at once
     workers: int = 16  # loader processes, at most one for each core
     device: str | None = None  # cuda or cpu; the GPU if there is one
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    tolerance: tuple[str, ...] = ()  # mm for NSD, such as 3, or liver=3 bowel=4; the organs' own if empty
     source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
 
     def run(self):
         result = evaluate(self.checkpoint, self.data, self.split, self.batch_size, self.workers, self.device, self.fold, self.mask,
-                          self.source, self.tolerance, self.out / "cases")  # fmt: skip
+                          self.source, _millimetres(self.tolerance), self.out / "cases")  # fmt: skip
         return _tell_scores(result, self.out)
 
 # %% ../../nbs/app/01_commands.ipynb #f5b87c05
@@ -196,11 +207,11 @@ class Score:
     labels: str = ""  # same, of the truth; rsna, or totalsegmentator for files named by organ, if empty
     labelled: tuple[str, ...] = ()  # organs to judge, such as liver left_kidney; all that the truth's labels name if empty
     pattern: str = ""  # regular expression with a group patient for names of cases, if patients have several
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    tolerance: tuple[str, ...] = ()  # mm for NSD, such as 3, or liver=3 bowel=4; the organs' own if empty
 
     def run(self):
         result = score_masks(self.predicted, self.truth, self.scans, self.predicted_labels, self.labels, self.labelled, self.pattern,
-                             self.tolerance, self.out / "cases")  # fmt: skip
+                             _millimetres(self.tolerance), self.out / "cases")  # fmt: skip
         return _tell_scores(result, self.out)
 
 

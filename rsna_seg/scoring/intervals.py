@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap, wilcoxon
 
-from ..ct.organs import ORGANS
+from ..ct.organs import ALL_ORGANS
 
 # %% ../../nbs/scoring/03_intervals.ipynb #1e571d03
 def patient_means(
@@ -18,37 +18,41 @@ def patient_means(
     column: str,  # such as "dice"
 ) -> pd.DataFrame:  # a row a patient, a column an organ key; NaN where the patient has no value
     "A score of each patient: the mean over the patient's volumes."
-    keys = [o.key for o in ORGANS]
-    return table.pivot_table(index="patient", columns="organ", values=column, aggfunc="mean", dropna=False).reindex(columns=keys)
+    means = table.groupby(["patient", "organ"])[column].mean().unstack()
+    return means.reindex(columns=list(ALL_ORGANS))
 
 # %% ../../nbs/scoring/03_intervals.ipynb #a485d0ad
 def mean_interval(
-    values: np.ndarray,  # a row a patient, (patients,) or (patients, organs); NaN where there is none
+    values: np.ndarray,  # a row a patient, (patients,) or (patients, organs); NaN where none
     confidence: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
 ) -> tuple:  # mean, low, high; NaN for no patient, low and high NaN for one
-    "Mean over patients, then over columns, with its BCa bootstrap interval over patients (Efron 1987)."
+    "Mean over patients, then over columns, with its BCa bootstrap interval (Efron 1987)."
     values = np.asarray(values, dtype=float)
     values = values.reshape(len(values), -1) if len(values) else np.empty((0, 1))
-    values = values[~np.isnan(values).all(axis=1)][:, ~np.isnan(values).all(axis=0)]
+    known = ~np.isnan(values)
+    values = values[known.any(axis=1)][:, known.any(axis=0)]
 
     def mean(index, axis=-1):  # of drawn patients, (..., patients)
         drawn = values[index]
-        there = ~np.isnan(drawn)
+        known = ~np.isnan(drawn)
         with np.errstate(invalid="ignore"):
-            columns = np.where(there, drawn, 0).sum(axis=-2) / there.sum(axis=-2)
+            columns = np.where(known, drawn, 0).sum(axis=-2) / known.sum(axis=-2)
         return np.nanmean(columns, axis=-1) if columns.shape[-1] > 1 else columns[..., 0]
 
     patients = np.arange(len(values))
     middle = float(mean(patients)) if len(values) else np.nan
     if len(values) < 2:
         return middle, np.nan, np.nan
-    if (np.nanmax(values, axis=0) == np.nanmin(values, axis=0)).all():  # nothing varies, also not between draws
+    if (np.nanmax(values, axis=0) == np.nanmin(values, axis=0)).all():  # no draw differs
         return middle, middle, middle
-    found = bootstrap((patients,), mean, n_resamples=resamples, confidence_level=confidence, method="BCa", rng=seed,
-                      batch=max(1, 1_000_000 // values.size), vectorized=True).confidence_interval  # fmt: skip
-    return middle, float(found.low), float(found.high)
+    drawn = bootstrap(
+        (patients,), mean, n_resamples=resamples, confidence_level=confidence, method="BCa",
+        rng=seed, batch=max(1, 1_000_000 // values.size), vectorized=True,
+    )  # fmt: skip
+    low, high = drawn.confidence_interval
+    return middle, float(low), float(high)
 
 # %% ../../nbs/scoring/03_intervals.ipynb #774de477
 MEAN = "mean of organs"  # the row of a table below the organs' own
@@ -57,11 +61,15 @@ MEAN = "mean of organs"  # the row of a table below the organs' own
 def interval_table(
     values: pd.DataFrame,  # of `patient_means`
     **how,  # of `mean_interval`
-) -> pd.DataFrame:  # a row an organ key and one for their mean: mean, low, high, and n, how many patients
+) -> pd.DataFrame:  # a row an organ key and one for their mean: mean, low, high, and n patients
     "Means over patients with their 95 % intervals."
     columns = {key: values[[key]] for key in values} | {MEAN: values}
-    rows = {key: (*mean_interval(each.to_numpy(), **how), int(each.notna().any(axis=1).sum())) for key, each in columns.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high", "n"]).rename_axis("organ")
+    rows = {}
+    for key, each in columns.items():
+        patients = int(each.notna().any(axis=1).sum())
+        rows[key] = (*mean_interval(each.to_numpy(), **how), patients)
+    names = ["mean", "low", "high", "n"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("organ")
 
 # %% ../../nbs/scoring/03_intervals.ipynb #f916b583
 def _wilcoxon(differences):
@@ -75,15 +83,17 @@ def compare_patients(
     a: pd.DataFrame,  # of `patient_means`, of one model
     b: pd.DataFrame,  # of another, on the same patients; others do not count
     **how,  # of `mean_interval`
-) -> pd.DataFrame:  # a row an organ key and one for their mean: a, b, difference (b - a), low, high, p, n
-    "Means over the patients that both have judged, the mean difference with its interval, and Wilcoxon's p."
+) -> pd.DataFrame:  # a row an organ key and one for their mean: a, b, difference, low, high, p, n
+    "Means over the patients of both, the mean of b - a with its interval, and Wilcoxon's p."
     a, b = a.align(b, join="inner")
     both = a.notna() & b.notna()
     a, b = a.where(both), b.where(both)
     rows = {}
     for key, columns in ({key: [key] for key in a} | {MEAN: list(a)}).items():
         difference = (b - a)[columns]
-        paired = difference.mean(axis=1).dropna()
-        rows[key] = (a[columns].mean().mean(), b[columns].mean().mean(), *mean_interval(difference.to_numpy(), **how),
-                     _wilcoxon(paired.to_numpy()), len(paired))  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["a", "b", "difference", "low", "high", "p", "n"]).rename_axis("organ")
+        paired = difference.mean(axis=1).dropna().to_numpy()
+        means = a[columns].mean().mean(), b[columns].mean().mean()
+        interval = mean_interval(difference.to_numpy(), **how)
+        rows[key] = (*means, *interval, _wilcoxon(paired), len(paired))
+    names = ["a", "b", "difference", "low", "high", "p", "n"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("organ")
