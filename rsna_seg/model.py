@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'ALL_ORGANS', 'check_encoder', 'imagenet_file', 'build_model', 'as_input', 'marginal_logits', 'SegLoss',
-           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint']
+           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint', 'keep_memory']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
+import ctypes
 import hashlib
 import io
 import json
 import os
 import pickle
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -288,3 +290,10 @@ def load_checkpoint(
         raise ConfigError(f"{path} does not fit this network: it has no {extra}.")
     model.load_state_dict(tensors)
     return model.eval(), card
+
+# %% ../nbs/02_model.ipynb #9b591444
+def keep_memory():
+    "Lets this process keep the memory that a batch frees, where the C library is glibc (mallopt(3))."
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
