@@ -23,13 +23,13 @@ from rounds import report, speeds
 
 from rsna_seg.app.commands import Export
 from rsna_seg.app.demo import DemoConfig, demo
-from rsna_seg.engines.engines import has_bf16
-from rsna_seg.engines.export import export_onnx
+from rsna_seg.model import has_bf16
+from rsna_seg.engines.graph import export_onnx
 from rsna_seg.ct.inputs import scan_table
 from rsna_seg.app.many import Job, predict_many, predict_one
 from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
 from rsna_seg.ct.organs import CLASSES
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.scan import read_scan

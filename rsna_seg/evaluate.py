@@ -20,7 +20,8 @@ from .files import ConfigError, DataError, RsnaSegError
 from .ct.labels import label_map
 from .model import ALL_ORGANS, as_input, file_sha256, load_checkpoint, marginal_logits
 from .ct.organs import CLASSES, ORGANS
-from .predict import PredictConfig, Predictor, from_square
+from .predict import PredictConfig, Predictor
+from .engines.slices import from_square
 from .ct.scan import off_square, read_scan, square_grid, window
 from .scoring.judge import Evaluation, Judge, Spacing, Tolerance, slices_to_show
 from .ct.find import ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'ALL_ORGANS', 'check_encoder', 'imagenet_file', 'build_model', 'as_input', 'marginal_logits', 'SegLoss',
-           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint', 'keep_memory']
+           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint', 'has_bf16',
+           'keep_memory']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -292,6 +293,11 @@ def load_checkpoint(
     return model.eval(), card
 
 # %% ../nbs/02_model.ipynb #9b591444
+def has_bf16() -> bool:
+    "Whether this processor multiplies bfloat16 by itself."
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
 def keep_memory():
     "Lets this process keep the memory that a batch frees, where the C library is glibc (mallopt(3))."
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

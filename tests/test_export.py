@@ -90,7 +90,8 @@ def test_contract_of_the_graphs(exported):
 
 def test_nothing_is_printed(checkpoint, needed, tmp_path):
     code = f"""
-from rsna_seg.engines.export import export_onnx, export_openvino, export_torchscript
+from rsna_seg.engines.graph import export_onnx
+from rsna_seg.engines.export import export_openvino, export_torchscript
 from rsna_seg.model import load_checkpoint
 model, _ = load_checkpoint({str(checkpoint)!r})
 model.train()

@@ -18,7 +18,8 @@ from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.scoring.metrics import dice, merge_unlabelled, pixel_accuracy
 from rsna_seg.model import ALL_ORGANS, SegLoss, as_input, load_checkpoint, read_card
-from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
+from rsna_seg.predict import PredictConfig, Predictor
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.scan import read_scan
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.train import TrainConfig, train

@@ -25,10 +25,10 @@ from rsna_seg.engines import engines
 from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
-from rsna_seg.training.loop import keep_memory
+from rsna_seg.model import keep_memory
 from rsna_seg.model import Card, as_input, build_model, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.anatomy.repair import PostprocessConfig
 from rsna_seg.predict import PredictConfig, Predictor, Segmentation
@@ -446,7 +446,8 @@ import sys
 import time
 from pathlib import Path
 import torch
-from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
+from rsna_seg.predict import PredictConfig, Predictor
+from rsna_seg.predict import save_segmentation
 torch.set_num_threads(1)
 result = Predictor(sys.argv[1], PredictConfig("torch", batch_size=8))(sys.argv[2])
 save_segmentation(result, sys.argv[3], ("nifti", "preview", "volumes"))

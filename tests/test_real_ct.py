@@ -15,7 +15,8 @@ from rsna_seg.files import ScanError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import as_input, load_checkpoint
-from rsna_seg.predict import Predictor, save_segmentation
+from rsna_seg.predict import Predictor
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.scan import read_mask, read_scan, to_square, window
 from rsna_seg.train import TrainConfig, train
 

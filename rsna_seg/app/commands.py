@@ -18,17 +18,17 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..scoring.compare import compare, write_comparison
-from ..data import PrepareConfig, SliceDataset, open_data, prepare
+from ..data import PrepareConfig, prepare
 from .demo import DemoConfig, demo
 from ..evaluate import evaluate, score_masks
-from ..engines.export import export_int8, export_model, push_to_hub, save_pretrained
+from ..engines.export import export_model, push_to_hub, save_pretrained
 from ..files import whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..ct.inputs import is_one_scan, list_series, opened
 from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
-from ..ct.saved import check_outputs, save_segmentation
+from ..predict import check_outputs, save_segmentation
 from ..training.plan import find_lr, plan_run, suggest_lr
 from ..report.plots import learning_rate_curve, save_png, training_curves
 from ..predict import PredictConfig, Predictor
@@ -258,7 +258,6 @@ class Predict:
         return 0
 
 # %% ../../nbs/app/01_commands.ipynb #5cfdd607
-_CALIBRATION = 64  # slices that eight bits are fitted to
 _COMPARED = 8  # slices of a scan on which graphs are compared with PyTorch
 
 
@@ -283,11 +282,10 @@ class Export:
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # a folder
     formats: tuple[Literal["onnx", "torchscript", "openvino", "huggingface"], ...] = ("onnx", "torchscript", "openvino", "huggingface")  # what to write
     scan: Path | None = None  # a CT to compare on; a phantom if not given
-    int8: Path | None = None  # a dataset folder: also a graph with the decoder in 8 bits, fitted to its training slices, beside the checkpoint
     push: str | None = None  # OWNER/NAME on the Hugging Face hub, to be made and filled; private
 
     def run(self):
-        model, card = load_checkpoint(self.checkpoint)
+        _, card = load_checkpoint(self.checkpoint)
         graphs = tuple(name for name in self.formats if name != "huggingface")
         if graphs:
             images = None if self.scan is None else _network_slices(self.scan, card)
@@ -296,11 +294,6 @@ class Export:
         if "huggingface" in self.formats:
             save_pretrained(self.checkpoint, self.out / "huggingface", self.push)
             print(f"folder for the hub: {self.out / 'huggingface'}")
-        if self.int8:
-            slices = SliceDataset(open_data(self.int8), "train", card.size, channels=card.channels)
-            path = self.checkpoint.with_suffix(".int8.xml")
-            export_int8(model, path, np.stack([slices[i][0].numpy() for i in _some(len(slices), _CALIBRATION)]), card.size)
-            print(f"for rsna_seg predict --engine int8: {path}")
         if self.push:
             print(f"uploaded: {push_to_hub(self.checkpoint, self.push)}")
 

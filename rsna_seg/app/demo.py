@@ -29,7 +29,8 @@ from ..scoring.metrics import volume_dice
 from ..model import imagenet_file
 from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
-from ..predict import Predictor, save_segmentation
+from ..predict import Predictor
+from ..predict import save_segmentation
 from ..ct.scan import read_mask
 from ..ct.find import find_source
 from ..report.evaluation import write_evaluation

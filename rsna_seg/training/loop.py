@@ -27,7 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..files import ConfigError, TrainingError
 from ..scoring.metrics import Confusion, dice, mean_organs, merge_unlabelled
-from ..model import SegLoss, as_input, keep_memory, marginal_logits
+from ..model import SegLoss, as_input, has_bf16, keep_memory, marginal_logits
 
 # %% ../../nbs/training/00_loop.ipynb #c024be26
 def pick_precision(
@@ -40,8 +40,7 @@ def pick_precision(
         raise ConfigError("fp16 needs a GPU; use --mixed-precision auto.")
     if wanted != "auto":
         return wanted
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return "bf16" if has_bf16 else "no"
+    return "bf16" if has_bf16() else "no"
 
 
 def start_accelerator(
