@@ -8,6 +8,7 @@ __all__ = ['OUTPUTS', 'USUAL_OUTPUTS', 'plan_work', 'Segmentation', 'Windowed', 
            'write_rtstruct', 'write_masks', 'write_preview', 'check_outputs', 'save_segmentation']
 
 # %% ../nbs/06_predict.ipynb #cae54588
+import base64
 import json
 import tempfile
 from collections.abc import Callable
@@ -121,21 +122,21 @@ class Windowed:
     def __getitem__(self, index):
         return window(self.hu[index], *self.window)
 
-# %% ../nbs/06_predict.ipynb #95492f8b
+# %% ../nbs/06_predict.ipynb #e08ab7e9
 def result_html(
     result: Segmentation,
 ) -> Markup:
     "Picture, table and sentences for a notebook."
-    from rsna_seg.report.page import image_tag
     from rsna_seg.report.plots import png_bytes
 
-    picture = image_tag(png_bytes(result.figure(), 160), "the scan with its organs in colour")
+    picture = base64.b64encode(png_bytes(result.figure(), 120, 32)).decode()
     table = result.organs[["ml", "voxels", "mean_hu", "edges"]].round(1)
     table.index = [o.name for o in ORGANS]
     sentences = [*(finding.text for finding in result.findings), *result.notes]
     items = Markup("").join(Markup("<li>{}</li>").format(text) for text in sentences)
     rows = Markup(table.to_html(na_rep=""))
-    return Markup("<div>{}</div>{}<ul>{}</ul>").format(picture, rows, items)
+    image = '<img src="data:image/png;base64,{}" alt="the scan with its organs in colour">'
+    return Markup(f"{image}{{}}<ul>{{}}</ul>").format(picture, rows, items)
 
 # %% ../nbs/06_predict.ipynb #9a917373
 def niivue_widget(
