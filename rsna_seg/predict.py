@@ -77,7 +77,7 @@ class Segmentation:
     def findings(self):
         "What a person should look at, as `check_segmentation` says it."
         trained = None
-        if self.card.spacing:  # of the network's pixels, which are larger or smaller than the scan's
+        if self.card.spacing:  # of the network's pixels, not the scan's
             scale = self.card.size / max(self.mask.shape[1:])
             trained = list(zip(*(np.array(self.card.spacing) * [1, scale, scale])))
         return check_segmentation(self.mask, self.scan, self.card.labelled, trained, self.facts)
@@ -122,10 +122,8 @@ class Windowed:
     def __getitem__(self, index):
         return window(self.hu[index], *self.window)
 
-# %% ../nbs/06_predict.ipynb #e08ab7e9
-def result_html(
-    result: Segmentation,
-) -> Markup:
+# %% ../nbs/06_predict.ipynb #504530c6
+def result_html(result: Segmentation) -> Markup:
     "Picture, table and sentences for a notebook."
     from rsna_seg.report.plots import png_bytes
 
@@ -139,9 +137,7 @@ def result_html(
     return Markup(f"{image}{{}}<ul>{{}}</ul>").format(picture, rows, items)
 
 # %% ../nbs/06_predict.ipynb #9a917373
-def niivue_widget(
-    result: Segmentation,
-):
+def niivue_widget(result: Segmentation):
     "The scan with its organs in colour."
     from ipyniivue import NiiVue  # of an extra
 
@@ -186,7 +182,7 @@ def shared_card(
                 raise ConfigError(f"{what}: their answers cannot be averaged.")
     return cards[0]
 
-# %% ../nbs/06_predict.ipynb #b1c35164
+# %% ../nbs/06_predict.ipynb #990540d0
 class Predictor:
     "Segments scans with a checkpoint, or with several."
 
@@ -237,11 +233,14 @@ class Predictor:
         if not isinstance(scan, Scan):
             with opened(scan, level=self.card.level, width=self.card.width) as scan:
                 return self(scan, probabilities)
-        from rsna_seg.ct.saved import probability_file  # scipy: a second, for few
-
         box, ranks = plan_work(scan, self.card, self.config.crop)
         mask, shape = np.zeros(scan.hu.shape, np.uint8), scan.hu.shape[1:]
-        with probability_file(probabilities, scan) if probabilities else nullcontext() as stored:
+        stored = nullcontext()
+        if probabilities:
+            from rsna_seg.ct.saved import probability_file  # SciPy: a second, for few
+
+            stored = probability_file(probabilities, scan)
+        with stored as stored:
             for z in tqdm(self.batches(ranks), desc="predict", unit="batch", leave=False):
                 squares = squares_of(scan.hu, z, self.card)
                 logits = mean_logits(self.engines, squares, self.card.labelled, box)
@@ -261,11 +260,8 @@ class Output:
     write: Callable  # function of the segmentation and the path
     dicom: bool = False  # refers to the slices of a DICOM series
 
-# %% ../nbs/06_predict.ipynb #d92c7fa1
-def as_json(
-    table: pd.DataFrame,
-    orient: str = "records",  # as `DataFrame.to_json` takes it
-):
+# %% ../nbs/06_predict.ipynb #4d713dba
+def as_json(table: pd.DataFrame, orient: str = "records") -> list | dict:
     "The table as JSON holds it: three digits, and null for what is missing."
     return json.loads(table.to_json(orient=orient, double_precision=3))
 
@@ -285,11 +281,8 @@ def write_volumes(
     with whole_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(content, indent=2))
 
-# %% ../nbs/06_predict.ipynb #372067f0
-def write_page(
-    result: Segmentation,
-    path: Path,
-):
+# %% ../nbs/06_predict.ipynb #0a6f245e
+def write_page(result: Segmentation, path: Path):
     "Writes report.html."
     from rsna_seg.report.scan import write_scan_report
 
@@ -347,7 +340,7 @@ OUTPUTS = {
 }
 USUAL_OUTPUTS = ("nifti", "preview", "volumes")
 
-# %% ../nbs/06_predict.ipynb #2b1ba139
+# %% ../nbs/06_predict.ipynb #37430635
 def check_outputs(
     outputs: tuple[str, ...],  # names of `OUTPUTS`
     scan: Scan | None = None,  # if it is known
@@ -357,10 +350,8 @@ def check_outputs(
         raise ConfigError(f"There is no output {unknown[0]}; choose from {', '.join(OUTPUTS)}.")
     dicom = [name for name in outputs if OUTPUTS[name].dicom]
     if scan and not scan.source.files and dicom:
-        raise OutputError(
-            f"{scan.source.path} is no DICOM series, so a {' or '.join(dicom)} has nothing to refer"
-            " to; write nifti instead."
-        )
+        what = f"a {' or '.join(dicom)} has nothing to refer to; write nifti instead"
+        raise OutputError(f"{scan.source.path} is no DICOM series, so {what}.")
 
 
 def save_segmentation(

@@ -191,7 +191,7 @@ def test_the_page(hub):
 
 def test_other_folders_and_no_network(hub, tmp_path):
     (tmp_path / "config.json").write_text('{"encoder_name": "resnet34"}')
-    with pytest.raises(ConfigError, match="has no model.safetensors; give a folder"):
+    with pytest.raises(ConfigError, match="has no model.safetensors; give one"):
         export.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot be downloaded from the hub"):
         export.from_pretrained("somebody/abdomen")  # HF_HUB_OFFLINE is set in all tests

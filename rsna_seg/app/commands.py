@@ -28,10 +28,11 @@ from ..ct.inputs import is_one_scan, list_series, opened
 from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
-from ..predict import check_outputs, save_segmentation
 from ..training.plan import find_lr, plan_run, suggest_lr
 from ..report.plots import learning_rate_curve, save_png, training_curves
-from ..predict import PredictConfig, Predictor
+from rsna_seg.predict import (
+    OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, check_outputs, save_segmentation,
+)  # fmt: skip
 from ..report.dataset import inspect_data, write_quality
 from ..ct.scan import to_square, window
 from ..scoring.judge import Tolerance
@@ -231,7 +232,7 @@ class Predict:
     series: str | None = None  # of several DICOM series: the UID, its beginning or end, or the series number
     list_series: bool = False  # only print the DICOM series that are there
     spacing: tuple[float, float, float] | None = None  # of PNG slices: mm along slices, rows and columns
-    outputs: tuple[Literal["nifti", "seg", "rtstruct", "png", "preview", "report", "volumes"], ...] = ("nifti", "preview", "volumes")  # what to write
+    outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
     jobs: int = 1  # processes for many scans
     config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)

@@ -57,7 +57,7 @@ def own_device(config: PredictConfig) -> PredictConfig:
 def _predictor(checkpoints, config, fingerprint):
     return Predictor(list(checkpoints), own_device(config))
 
-# %% ../../nbs/app/03_many.ipynb #ed6c63e5
+# %% ../../nbs/app/03_many.ipynb #9c5bcd8f
 def record_paths(job: Job, name: str) -> tuple[Path, Path]:
     "Where the record of a scan lies that is done, and of one that failed."
     return Path(job.out, name, "done.json"), Path(job.out, ".failed", f"{name}.json")
@@ -69,8 +69,8 @@ def read_record(
     fingerprint: str,  # of the job
 ) -> dict:  # made_of, name, rows (of volumes.csv), findings, reason (why there are none)
     "The record of a scan; without rows and reason if nothing was done with it yet."
-    scan = [str(Path(row["path"]).absolute()), row["series"], list(row["spacing"] or ())]
-    made_of = [fingerprint, *scan]
+    path, spacing = str(Path(row["path"]).absolute()), list(row["spacing"] or ())
+    made_of = [fingerprint, path, row["series"], spacing]
     for path in record_paths(job, row["name"]):
         with suppress(OSError, ValueError, KeyError):  # there is none, or it was cut short
             record = json.loads(path.read_text())
@@ -79,11 +79,7 @@ def read_record(
     return {"made_of": made_of, "name": row["name"], "rows": [], "findings": [], "reason": ""}
 
 # %% ../../nbs/app/03_many.ipynb #4fc00950
-def predict_one(
-    job: Job,
-    row: dict,  # of `scan_table`
-    fingerprint: str,  # of the job
-) -> dict:  # the record
+def predict_one(job: Job, row: dict, fingerprint: str) -> dict:  # as for `read_record`
     "Segments a scan into its folder, or says why not; a scan that is done is not read again."
     record = read_record(job, row, fingerprint)
     if record["rows"]:
@@ -108,10 +104,7 @@ def predict_one(
     return record
 
 # %% ../../nbs/app/03_many.ipynb #06d87739
-def write_tables(
-    out: Path,
-    records: list[dict],  # of `predict_one`
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # volumes, findings, failed
+def write_tables(out: Path, records: list[dict]) -> tuple[pd.DataFrame, ...]:
     "Writes volumes.csv, findings.csv and failed.csv."
     organs = [{"scan": r["name"], **organ} for r in records for organ in r["rows"]]
     findings = [{"scan": r["name"], **finding} for r in records for finding in r["findings"]]
@@ -131,7 +124,7 @@ def predict_many(
     job: Job,
     source: str | Path,  # a folder of scans, or a CSV: path and, if need be, name, series, spacing
     jobs: int | None = 1,  # processes; None: as `joblib.parallel_config` says
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # volumes, findings, failed
+) -> tuple[pd.DataFrame, ...]:  # volumes, findings, failed
     "Segments scans into a folder each; run again, it does the rest. Raises `DataError` for none."
     check_outputs(job.outputs)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
