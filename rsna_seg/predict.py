@@ -28,7 +28,7 @@ from .anatomy.checks import check_segmentation, organ_facts
 from .anatomy.measure import find_body
 from .anatomy.repair import PostprocessConfig, postprocess
 from .ct.inputs import opened
-from .ct.organs import CLASSES, ORGAN, ORGANS, in_words, palette
+from .ct.organs import CLASSES, ORGAN, ORGANS, palette
 from .ct.scan import Scan, save_nifti, window
 from .engines.engines import ENGINES, make_engine, pick_engine
 from .engines.graph import grow_box, missing_packages
@@ -85,7 +85,7 @@ class Segmentation:
     @property
     def notes(self):
         "Sentences: what is unusual about the scan, and which organs were not looked for."
-        others = in_words([o.key for o in ORGANS if o.key not in self.card.labelled])
+        others = ", ".join(o.name.lower() for o in ORGANS if o.key not in self.card.labelled)
         never = f"Not looked for, since the network was never taught them: {others}."
         return [*self.scan.notes, *([never] if others else [])]
 
