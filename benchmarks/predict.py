@@ -7,7 +7,6 @@ import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 
 import cv2
@@ -21,22 +20,19 @@ import torch
 from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
-from rsna_seg.app.commands import Export
-from rsna_seg.app.demo import DemoConfig, demo
-from rsna_seg.engines.engines import has_bf16
-from rsna_seg.engines.export import export_onnx
-from rsna_seg.ct.inputs import scan_table
-from rsna_seg.app.many import Job, predict_many, predict_one
-from rsna_seg.model import ENCODER, Card, load_checkpoint, save_checkpoint
-from rsna_seg.ct.organs import CLASSES
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.app.demo import example
+from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.engines.graph import export_onnx
+from rsna_seg.model import ENCODER, Card, has_bf16, load_checkpoint, read_card, save_checkpoint
+from rsna_seg.predict import PredictConfig, Predictor, plan_work, save_segmentation
 
-SIZE, BATCH, ROUNDS, SCANS = 512, 4, 3, 3
+SIZE, BATCH, ROUNDS = 512, 4, 3
 NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself
-OURS, INT8 = "ours", "ours, int8"
+OURS = "ours"
 PEERS = SNIPPET, ONNX, OPENVINO = "loop over slices, float32", "ONNX Runtime, float32", "OpenVINO, float32"
 
 
@@ -44,8 +40,7 @@ def arguments():
     "The words of the other benchmarks, a real scan, and weights."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scan", type=Path, help="a real CT, resampled to 512 x 512 beside the phantom")
-    parser.add_argument("--checkpoint", type=Path, help="weights; if not given, those of the demo, which trains first")
-    parser.add_argument("--int8", type=Path, metavar="DATA", help="the weights' own dataset folder, to fit the engine int8 to; the demo's for its weights")
+    parser.add_argument("--checkpoint", type=Path, help="weights; if not given, those of the example")
     parser.add_argument("--slices", type=int, default=200, help="of the phantom")
     parser.add_argument("--quick", action="store_true", help="24 slices of each scan and one round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
@@ -80,12 +75,12 @@ def tutorial(series, out, infer):
     mask = np.concatenate([infer(grey[i : i + BATCH]) for i in range(0, len(grey), BATCH)]).astype(np.uint8)
     spacing = [*map(float, slices[0].PixelSpacing), abs(float(slices[1].ImagePositionPatient[2]) - float(slices[0].ImagePositionPatient[2]))]
     nib.save(nib.Nifti1Image(mask.transpose(2, 1, 0), np.diag([-spacing[1], -spacing[0], spacing[2], 1])), out / "mask.nii.gz")
-    return {c.key: float((mask == c.id).sum() * np.prod(spacing) / 1000) for c in CLASSES[1:]}
+    return {c.key: float((mask == c.id).sum() * np.prod(spacing) / 1000) for c in ORGANS}
 
 
 def snippet(checkpoint):
     "PyTorch as in most tutorials: one slice at a time, float32, the layout it comes in."
-    model = smp.Unet(encoder_name=ENCODER, encoder_weights=None, in_channels=3, classes=len(CLASSES))
+    model = smp.Unet(encoder_name=ENCODER, encoder_weights=None, in_channels=3, classes=len(ORGANS) + 1)
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     model.eval()
 
@@ -114,9 +109,9 @@ def runtime(way, checkpoint):
     return lambda grey: torch.from_numpy(run(np.repeat(grey[:, None] * 2 - 1, 3, axis=1))).argmax(1).numpy()
 
 
-def ours(way, checkpoint):
+def ours(checkpoint):
     "This project."
-    predictor = Predictor(checkpoint, PredictConfig("int8" if way == INT8 else "auto", batch_size=BATCH))
+    predictor = Predictor(checkpoint, PredictConfig(batch_size=BATCH))
     print(predictor, flush=True)
     return lambda series, out: save_segmentation(predictor(series), out, ("nifti", "volumes"))
 
@@ -133,7 +128,7 @@ _WAY = {}  # of this process
 def begin(way, checkpoint):
     "Makes a process ready for one way."
     warnings.filterwarnings("ignore", category=FutureWarning)
-    _WAY["run"] = ours(way, checkpoint) if way in (OURS, INT8) else peer(way, checkpoint)
+    _WAY["run"] = ours(checkpoint) if way == OURS else peer(way, checkpoint)
 
 
 def once(series, out):
@@ -141,33 +136,9 @@ def once(series, out):
     _WAY["run"](series, out)
 
 
-def many(series, out, checkpoint, rounds):
-    "Slices a second of some scans after each other in one process, and as `predict_many` overlaps them."
-    listed = folder_of(out, "scans") / "scans.csv"
-    listed.write_text("path,name\n" + "".join(f"{series},{number}\n" for number in range(SCANS)))
-    places = (str(folder_of(out, f"{number}")) for number in count())
-    start = lambda: Job((str(checkpoint),), next(places), PredictConfig(batch_size=BATCH), ("nifti", "volumes"))
-
-    def each():
-        job, rows = start(), scan_table(listed).to_dict(orient="records")
-        for row in rows:
-            predict_one(job, row, job.fingerprint())
-
-    ways = {f"{SCANS} scans, one after the other": each, f"{SCANS} scans, overlapped": lambda: predict_many(start(), listed)}
-    return speeds(ways, SCANS * len(list(series.iterdir())), "slices/s", rounds)
-
-
-def folder_of(out, name):
-    "A new folder."
-    (out / name).mkdir(parents=True)
-    return out / name
-
-
-def demo_weights(folder):
-    "Weights that know the five organs, in a few minutes: those of the demo, to be run on 512 pixels."
-    demo(DemoConfig(out=folder / "demo"))
-    found = next((folder / "demo" / "refined").glob("*.pth"))
-    save_checkpoint(load_checkpoint(found)[0], folder / "weights.pth", Card(size=SIZE))
+def example_weights(folder):
+    "Weights that know the organs: those of the example, to be run on 512 pixels."
+    save_checkpoint(load_checkpoint(example().checkpoint)[0], folder / "weights.pth", Card(size=SIZE))
     return folder / "weights.pth"
 
 
@@ -178,8 +149,8 @@ def agreement(a, b):
 
 def about(name, series, limit, speed, checkpoint):
     "Prints seconds a scan, what is left out of it, and the share of the processor's limit."
-    predictor, scan = Predictor(checkpoint, PredictConfig("torch", "cpu")), read_scan(series)
-    box, ranks = predictor.work_on(scan)
+    scan = read_scan(series)
+    box, ranks = plan_work(scan, read_card(checkpoint))
     print(f"{name}: {len(scan.hu)} slices, {len(scan.hu) / speed:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%}"
           f" of the frame, {len(ranks)} slices; {speed * gflop_of_a_slice() / limit:.0%} of the measured {NUMBERS} matrix-product limit"
           f" ({limit:.0f} GFLOP/s), counting whole frames")  # fmt: skip
@@ -192,16 +163,13 @@ def main():
     rounds, slices = (1, 24) if args.quick else (ROUNDS, args.slices)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
-        checkpoint, data = (args.checkpoint, args.int8) if args.checkpoint else (demo_weights(folder), folder / "demo" / "data")
-        if data:
-            Export(checkpoint, folder, formats=(), int8=data).run()
+        checkpoint = args.checkpoint or example_weights(folder)
         write_phantom(scans["phantom"], slices)
         if args.scan:
             scans["real CT"] = folder / "real"
             write_resampled(args.scan, scans["real CT"], 24 if args.quick else 0)
         spawn = multiprocessing.get_context("spawn")
-        names = (OURS, INT8, *PEERS) if data else (OURS, *PEERS)
-        pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in names}
+        pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in (OURS, *PEERS)}
         limit, ratios = products(getattr(torch, NUMBERS), rounds), {}
         results = {f"matrix products, {NUMBERS}": limit}
         for name, series in scans.items():
@@ -212,15 +180,11 @@ def main():
             found = speeds(ways, len(list(series.iterdir())), "slices/s", rounds)
             results |= found
             speed = found[f"{name}: {OURS}"]["median"]
-            for own in names[: -len(PEERS)]:
-                ratios |= {f"{name}: {own}/{way}": found[f"{name}: {own}"]["median"] / found[f"{name}: {way}"]["median"] for way in PEERS}
+            ratios |= {f"{name}: {OURS}/{way}": speed / found[f"{name}: {way}"]["median"] for way in PEERS}
             about(name, series, limit["median"], speed, checkpoint)
-            for own, way in [(OURS, way) for way in PEERS] + [(own, SNIPPET) for own in names[1 : -len(PEERS)]]:
-                print(f"{name}: {agreement(out[own] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels of {own} equal to {way}")
-        found = many(scans["phantom"], folder_of(folder, "many"), checkpoint, rounds)
-        before, after = (each["median"] for each in found.values())
-        results, ratios = results | found, ratios | {"several scans: overlapped/one after the other": after / before}
-        report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino", "nncf"), rounds, args.json)
+            for way in PEERS:
+                print(f"{name}: {agreement(out[OURS] / 'organs.nii.gz', out[way] / 'mask.nii.gz'):.3%} of the voxels equal to {way}")
+        report(__doc__, results, ratios, ("rsna_seg", "torch", "onnxruntime", "openvino"), rounds, args.json)
 
 
 if __name__ == "__main__":

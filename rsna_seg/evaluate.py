@@ -28,7 +28,8 @@ from .ct.store import open_data
 from .ct.png import read_png
 from .files import ConfigError, DataError, RsnaSegError
 from .model import as_input, file_sha256, load_checkpoint, marginal_logits
-from .predict import PredictConfig, Predictor, from_square
+from .predict import PredictConfig, Predictor
+from .engines.slices import from_square
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'check_encoder', 'imagenet_file', 'build_model', 'keep_memory', 'as_input', 'marginal_logits', 'SegLoss',
-           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint']
+           'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'read_card', 'load_checkpoint', 'has_bf16']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -313,3 +313,15 @@ def load_checkpoint(
     model = build_model(card.encoder, "none")
     _load_weights(model, Path(path))
     return model.eval(), card
+
+# %% ../nbs/02_model.ipynb #9b591444
+def has_bf16() -> bool:
+    "Whether this processor multiplies bfloat16 by itself."
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def keep_memory():
+    "Lets this process keep the memory that a batch frees, where the C library is glibc (mallopt(3))."
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink

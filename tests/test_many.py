@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from rsna_seg.model import Card, build_model, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.anatomy.repair import PostprocessConfig
-from rsna_seg.predict import PredictConfig, Predictor
+from rsna_seg.predict import PredictConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +72,7 @@ def read(monkeypatch):
 
 def contents(folder):
     "What lies in the folder of each scan, and when it was written."
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in Path(folder).glob("*/*")}
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in Path(folder).glob("[!.]*/*")}
 
 
 def check_tables(out):
@@ -100,32 +99,6 @@ def test_one_broken_scan_does_not_stop_the_others(job, scans, capsys):
     assert not (Path(job.out) / "broken").exists()
 
 
-def test_the_next_is_read_and_the_last_is_written_meanwhile(job, scans, monkeypatch):
-    "Each scan is segmented only once the reading of the next has begun, and written only once the next is being segmented."
-    order, begun = [], {(step, name): threading.Event() for step in ("read", "segment", "write") for name in NAMES}
-
-    def spied(step, function, name_of):
-        def call(*given):
-            name = name_of(*given)
-            after = NAMES[NAMES.index(name) + 1] if name != NAMES[-1] else None
-            order.append((step, name))
-            begun[step, name].set()
-            if after and step != "read":
-                assert begun[{"segment": "read", "write": "segment"}[step], after].wait(30)
-            return function(*given)
-
-        return call
-
-    source = scans.parent / "three.csv"
-    pd.DataFrame({"path": [next(scans.glob(f"{name}*")) for name in NAMES]}).to_csv(source, index=False)
-    monkeypatch.setattr(many, "opened", spied("read", many.opened, lambda path, *_: Path(path).stem))
-    monkeypatch.setattr(Predictor, "__call__", spied("segment", Predictor.__call__, lambda _, scan, *__: scan.name))
-    monkeypatch.setattr(many, "save_segmentation", spied("write", many.save_segmentation, lambda result, *_: result.scan.name))
-    volumes, _, failed = predict_many(job, source)
-    assert failed.empty and volumes.scan.drop_duplicates().tolist() == NAMES
-    assert sorted(order) == sorted(begun)
-
-
 def test_what_is_done_is_not_read_again(job, scans, read):
     "Only the scan that failed is tried again, and the tables are whole; a folder without its end mark is done anew."
     predict_many(job, scans)
@@ -142,22 +115,9 @@ def test_what_is_done_is_not_read_again(job, scans, read):
     assert sorted(read) == ["broken", "cyd"]
 
 
-def test_a_new_graph_is_another_job(net, tmp_path):
-    "Eight bits fitted to other slices give another answer with the same weights."
-    checkpoint = tmp_path / "net.pth"
-    checkpoint.write_bytes(net.read_bytes())
-    seen = {engine: [] for engine in ("int8", "torch")}
-    for graph in (b"", b"fitted", b"fitted anew"):
-        checkpoint.with_suffix(".int8.bin").write_bytes(graph)
-        for engine, found in seen.items():
-            found.append(Job((str(checkpoint),), "out", PredictConfig(engine)).fingerprint())
-    assert (len(set(seen["int8"])), len(set(seen["torch"]))) == (3, 1)
-
-
 CHANGES = {
     "engine": {"config": PredictConfig("torch-bf16")},
     "post-processing": {"config": PredictConfig("torch", postprocess=PostprocessConfig(largest=True))},
-    "views": {"config": PredictConfig("torch", views=True)},
     "crop": {"config": PredictConfig("torch", crop=False)},
     "outputs": {"outputs": ("nifti", "volumes", "png")},
     "probabilities": {"probabilities": True},
@@ -202,7 +162,7 @@ def test_each_process_has_its_own_gpu(monkeypatch, rank, asked, given):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert many._own_device(PredictConfig(device=asked)).device == given
+    assert many.own_device(PredictConfig(device=asked)).device == given
 
 
 def test_a_table_of_scans(job, scans, tmp_path, read, capsys):

@@ -21,7 +21,11 @@ from rsna_seg.scoring.metrics import dice, merge_unlabelled, pixel_accuracy
 from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import save_segmentation
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.scoring.judge import states

@@ -17,7 +17,6 @@ import pydicom
 import pytest
 import torch
 from browser import opened
-from scipy import ndimage
 from test_dicom_files import rt_places, seg_places
 from torch.nn.functional import one_hot, unfold
 
@@ -27,11 +26,11 @@ from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
 from rsna_seg.model import keep_memory
 from rsna_seg.model import Card, as_input, build_model, save_checkpoint
+from rsna_seg.model import Card, as_input, build_model, keep_memory, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
-from rsna_seg.ct.saved import save_segmentation
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.anatomy.repair import PostprocessConfig
-from rsna_seg.predict import PredictConfig, Predictor, Segmentation
+from rsna_seg.predict import PredictConfig, Predictor, Segmentation, plan_work, save_segmentation
 from rsna_seg.ct.scan import window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,7 +213,7 @@ def test_cropping_changes_nothing(real_ct, net):
     some = from_array(air, torso.affine @ np.diag([20, 1, 1, 1]), "LPS")
     whole, cropped = (Predictor(net.with_name("large.pth"), PredictConfig("torch", crop=crop)) for crop in (False, True))
     for scan in (some, series):
-        box, ranks = cropped.work_on(scan)
+        box, ranks = plan_work(scan, cropped.card)
         assert (box[1] - box[0]) * (box[3] - box[2]) < 0.95 * 512**2, box
         masks = whole(scan).mask, cropped(scan).mask
         assert (np.bincount(masks[0].ravel(), minlength=6) > 0).sum() >= 3  # it finds something
@@ -230,41 +229,6 @@ def test_engines_agree(monkeypatch, net, phantom, engine, enough):
     masks = [Predictor(net, PredictConfig(name, batch_size=8))(phantom).mask for name in ("torch", engine)]
     assert len(np.unique(masks[0])) >= 4
     assert equal(*masks) >= enough
-
-
-def two_spots(size):
-    "HU of three slices with a bright spot on either side, not at the same height; where each spot is."
-    row, col = np.mgrid[:size, :size] / size
-    left, right = (row - 0.3) ** 2 + (col - 0.28) ** 2 < 0.008, (row - 0.65) ** 2 + (col - 0.7) ** 2 < 0.008
-    return np.broadcast_to(np.where(left | right, 200, -100).astype(np.int16), (3, size, size)), left, right
-
-
-def sides(images, box=None):
-    "A network that calls what is bright right kidney on the picture's left half and left kidney on the other."
-    bright, logits = images > 128, torch.zeros(len(images), 6, *images.shape[1:])
-    middle = images.shape[-1] // 2
-    logits[:, 0] = 20.0 * ~bright
-    logits[:, 4, :, :middle] = 20.0 * bright[..., :middle]
-    logits[:, 3, :, middle:] = 20.0 * bright[..., middle:]
-    top, bottom, left, right = box or (0, images.shape[1], 0, images.shape[2])
-    return logits[..., top:bottom, left:right]
-
-
-@pytest.mark.parametrize("flips", ["off", "exchange"])
-def test_views_are_turned_back(tmp_path, net, flips):
-    "In every view, the mirrored one too, both kidneys stay where they are and keep their names."
-    (tmp_path / "net.pth").write_bytes(net.read_bytes())
-    (tmp_path / "net.json").write_text(json.dumps(vars(Card(size=96, config={"augment": {"sides": flips}}))))
-    predictor, seen = Predictor(tmp_path / "net.pth", PredictConfig("torch", views=True)), []
-    predictor.engines = [lambda images, box=None: seen.append(images) or sides(images, box)]
-    hu, left, right = two_spots(96)
-    p = predictor.logits(hu, np.arange(3)).softmax(1).numpy()
-    inner, outside = ndimage.binary_erosion, ~ndimage.binary_dilation(left | right, iterations=3)
-    assert p[:, 4, inner(left, iterations=3)].min() > 0.99 and p[:, 3, inner(right, iterations=3)].min() > 0.99
-    assert p[:, 0, outside].min() > 0.99
-    assert len(seen) == (6 if flips == "exchange" else 5) and len({view.numpy().tobytes() for view in seen}) == len(seen)
-    mask = predictor(from_array(hu.T, np.diag([1, 1, 5, 1.0]), "LPS")).mask
-    assert equal(mask[0], np.where(left, 4, np.where(right, 3, 0))) > 0.99
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +411,7 @@ import time
 from pathlib import Path
 import torch
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import save_segmentation
 torch.set_num_threads(1)
 result = Predictor(sys.argv[1], PredictConfig("torch", batch_size=8))(sys.argv[2])
 save_segmentation(result, sys.argv[3], ("nifti", "preview", "volumes"))

@@ -16,7 +16,11 @@ from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import as_input, load_checkpoint
 from rsna_seg.predict import Predictor
-from rsna_seg.ct.saved import save_segmentation
+from rsna_seg.predict import save_segmentation
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.scan import to_square, window
+from rsna_seg.predict import save_segmentation
 from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import to_square, window

@@ -32,7 +32,7 @@ from ..ct.inputs import opened
 from ..scoring.intervals import interval_table, patient_means
 from .many import Job, predict_many
 from ..model import load_checkpoint
-from ..ct.saved import check_outputs, save_segmentation
+from ..predict import check_outputs, save_segmentation
 from ..train import find_lr, plan_run
 from ..training.plan import suggest_lr
 from ..report.plots import learning_rate_curve, save_png, training_curves
@@ -247,7 +247,7 @@ class Predict:
     series: str | None = None  # of several DICOM series: the UID, its beginning or end, or the series number
     list_series: bool = False  # only print the DICOM series that are there
     spacing: tuple[float, float, float] | None = None  # of PNG slices: mm along slices, rows and columns
-    outputs: tuple[Literal["nifti", "seg", "rtstruct", "png", "preview", "report", "volumes"], ...] = ("nifti", "preview", "volumes")  # what to write
+    outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
     jobs: int = 1  # processes for many scans
     config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)
@@ -274,7 +274,6 @@ class Predict:
         return 0
 
 # %% ../../nbs/app/01_commands.ipynb #5cfdd607
-_CALIBRATION = 64  # slices that eight bits are fitted to
 _COMPARED = 8  # slices of a scan on which graphs are compared with PyTorch
 
 
@@ -299,11 +298,10 @@ class Export:
     out: Annotated[Positional[Path], arg(metavar="OUT")]  # a folder
     formats: tuple[Literal["onnx", "torchscript", "openvino", "huggingface"], ...] = ("onnx", "torchscript", "openvino", "huggingface")  # what to write
     scan: Path | None = None  # a CT to compare on; a phantom if not given
-    int8: Path | None = None  # a dataset folder: also a graph with the decoder in 8 bits, fitted to its training slices, beside the checkpoint
     push: str | None = None  # OWNER/NAME on the Hugging Face hub, to be made and filled; private
 
     def run(self):
-        model, card = load_checkpoint(self.checkpoint)
+        _, card = load_checkpoint(self.checkpoint)
         graphs = tuple(name for name in self.formats if name != "huggingface")
         if graphs:
             images = None if self.scan is None else _network_slices(self.scan, card)
@@ -312,11 +310,6 @@ class Export:
         if "huggingface" in self.formats:
             save_pretrained(self.checkpoint, self.out / "huggingface", self.push)
             print(f"folder for the hub: {self.out / 'huggingface'}")
-        if self.int8:
-            slices = SliceDataset(open_data(self.int8), "train", card.size, channels=card.channels)
-            path = self.checkpoint.with_suffix(".int8.xml")
-            export_int8(model, path, np.stack([slices[i][0].numpy() for i in _some(len(slices), _CALIBRATION)]), card.size)
-            print(f"for rsna_seg predict --engine int8: {path}")
         if self.push:
             print(f"uploaded: {push_to_hub(self.checkpoint, self.push)}")
 

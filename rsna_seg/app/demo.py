@@ -30,7 +30,7 @@ from ..model import imagenet_file
 from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
 from ..predict import Predictor
-from ..ct.saved import save_segmentation
+from ..predict import save_segmentation
 from ..ct.nifti import read_mask
 from ..ct.cases import find_source
 from ..report.evaluation import write_evaluation
