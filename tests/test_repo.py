@@ -104,6 +104,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
 def test_documentation_builds_offline(copy):
     "One page a notebook, and every link inside the site leads somewhere."
