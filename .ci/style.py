@@ -42,5 +42,5 @@ for path in sorted((top / "nbs").rglob("*.ipynb")):
     name = str(path.relative_to(top / "nbs"))
     print(f"{name:32} {len(cells):5} {median:6.0f} {long:4} {mean:5.1f} {widest:7}")
 lengths = [len(lines) for lines in everything]
-print(f"all: {len(lengths)} exported cells, median {statistics.median(lengths):.0f} lines,", end=" ")
-print(f"{sum(length > 40 for length in lengths)} above 40")
+median, long = statistics.median(lengths), sum(length > 40 for length in lengths)
+print(f"all: {len(lengths)} exported cells, median {median:.0f} lines, {long} above 40")

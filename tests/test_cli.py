@@ -1,4 +1,4 @@
-"The command as a user types it: what goes wrong ends in one sentence, exit code 2, and nothing half-written."
+"What goes wrong on the command line ends in one sentence, exit code 2, and nothing half-written."
 
 import shutil
 import subprocess
@@ -95,8 +95,9 @@ def test_sources_that_are_no_data(world, tmp_path, rsna_seg):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("no acute findings")
     for source in ("empty", "letters", "absent"):
-        refused(rsna_seg("prepare", tmp_path / source, tmp_path / "data"), source)
-        refused(rsna_seg("predict", world / "good.pth", tmp_path / source, tmp_path / "out"), source)
+        path = tmp_path / source
+        refused(rsna_seg("prepare", path, tmp_path / "data"), source)
+        refused(rsna_seg("predict", world / "good.pth", path, tmp_path / "out"), source)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "letters"]
 
 
@@ -105,7 +106,8 @@ MASKS = {"short.nii": "voxels", "seven.nii": "value 7", "absent.nii": "does not 
 
 @pytest.mark.parametrize("mask, says", MASKS.items())
 def test_masks_that_do_not_fit(world, tmp_path, mask, says, rsna_seg):
-    done = rsna_seg("prepare", world / "ct.nii", tmp_path / "data", "--mask", world / mask, "--valid", 0)
+    words = ["--mask", world / mask, "--valid", 0]
+    done = rsna_seg("prepare", world / "ct.nii", tmp_path / "data", *words)
     refused(done, mask, says)
     assert not (tmp_path / "data").exists()
 
@@ -143,13 +145,15 @@ def test_checkpoints_that_do_not_fit(world, tmp_path, rsna_seg):
         "absent": "does not exist",
     }
     for name, says in cases.items():
-        refused(rsna_seg("predict", tmp_path / f"{name}.pth", world / "series", tmp_path / "out"), says)
+        checkpoint = tmp_path / f"{name}.pth"
+        refused(rsna_seg("predict", checkpoint, world / "series", tmp_path / "out"), says)
     assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
 
 
 def test_training_without_imagenet_weights_names_the_ways_out(world, tmp_path, rsna_seg):
     assert rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--size", 64).returncode == 0
-    refused(rsna_seg("train", tmp_path / "data", tmp_path / "run"), "--encoder-weights none", "--encoder-weights FILE")
+    done = rsna_seg("train", tmp_path / "data", tmp_path / "run")
+    refused(done, "--encoder-weights none", "--encoder-weights FILE")
     assert not (tmp_path / "run").exists()
 
 
@@ -162,10 +166,14 @@ def test_opencv_needs_no_display_library():
 
 
 def test_settings_that_cannot_be(world, tmp_path, rsna_seg):
-    for done, says in (
-        (rsna_seg("train", tmp_path, tmp_path / "run", "--size", 100), "size 100 is not a multiple of 32"),
-        (rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--valid", 1), "valid is at least 0 and below 1"),
-    ):
+    cases = {
+        "size 100 is not a multiple of 32": ["train", tmp_path, tmp_path / "run", "--size", 100],
+        "valid is at least 0 and below 1": [
+            "prepare", world / "kaggle", tmp_path / "data", "--valid", 1
+        ],
+    }  # fmt: skip
+    for says, words in cases.items():
+        done = rsna_seg(*words)
         sentence = " ".join(done.stderr.replace("│", " ").split())  # drawn in a box
         assert done.returncode == 2 and says in sentence, done.stderr
         assert "Traceback" not in sentence
