@@ -48,7 +48,7 @@ def run(*words):
 
 
 write_kaggle("kaggle", patients=3, size=64, slices=8)
-for path in Path("kaggle/segmentations").iterdir():
+for path in Path("kaggle/segmentations").glob("*.nii"):
     image = nib.load(path)
     mask = np.asarray(image.dataobj).astype(np.uint8)
     mask[28:36, 20:26, 2:6] = 6
