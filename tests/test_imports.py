@@ -61,14 +61,17 @@ def test_no_circle():
 
 
 def test_modules_stay_small():
-    "nbdev itself wraps the names in `__all__` at 120 columns."
-    lines = {path: path.read_text().splitlines() for path in PACKAGE.rglob("*.py")}
-    assert sum(map(len, lines.values())) <= 10_500
-    texts = {name: lines[path] for name, path in FILES.items()}
-    assert {name: len(text) for name, text in texts.items() if len(text) > 400} == {}
-    cells = ["\n".join(text).partition("\n# %% ../")[2] for text in texts.values()]
-    cells = "\n".join(cell.partition("\n# %% ../")[2] for cell in cells)
-    assert [line for line in cells.splitlines() if len(line) > 100] == []
+    "Of a module, `__all__` is wrapped by nbdev, at 120 columns: the lines after it count."
+    lines = {name: path.read_text().splitlines() for name, path in FILES.items()}
+    assert {name: len(text) for name, text in lines.items() if len(text) > 400} == {}
+    first_cell = "\n# %% ../"
+    cells = [path.read_text().partition(first_cell)[2] for path in FILES.values()]
+    assert [line for text in cells for line in text.splitlines() if len(line) > 100] == []
+
+
+def test_the_package_stays_small():
+    total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
+    assert total <= 10_500
 
 
 def test_importing_the_package_imports_nothing_heavy():
