@@ -3,14 +3,14 @@
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from command import rsna_seg
 
-from rsna_seg.app.cli import COMMANDS, main
+from rsna_seg.app.cli import COMMANDS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask, write_series
 from rsna_seg.model import Card, build_model, save_checkpoint
 
@@ -19,23 +19,6 @@ def in_a_process(*words):
     "The command in a Python of its own, which takes seconds to start."
     command = [sys.executable, "-m", "rsna_seg.app.cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def rsna_seg(capfd):
-    "The command in this process: what it printed, and its exit code."
-
-    def run(*words):
-        capfd.readouterr()
-        try:
-            main([str(word) for word in words])
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        printed = capfd.readouterr()
-        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
-
-    return run
 
 
 def refused(done, *parts):
@@ -62,7 +45,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(command, rsna_seg):
+def test_help(command):
     done = rsna_seg(command, "--help")
     assert done.returncode == 0 and f"rsna_seg {command}" in done.stdout and "--" in done.stdout
 
@@ -72,7 +55,7 @@ def test_a_process_ends_with_the_same_sentence_and_code(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_path(world, tmp_path, rsna_seg):
+def test_whole_path(world, tmp_path):
     few = ["--size", 64, "--batch-size", 8, "--epochs", 1, "--workers", 1]
     first = tmp_path / "first" / "best_model_512.pth"
     refined = tmp_path / "refined" / "best_mobilenet_rsna_refined.pth"
@@ -90,7 +73,7 @@ def test_whole_path(world, tmp_path, rsna_seg):
     assert (tmp_path / "organs" / "organs.nii.gz").exists()
 
 
-def test_sources_that_are_no_data(world, tmp_path, rsna_seg):
+def test_sources_that_are_no_data(world, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("no acute findings")
@@ -105,14 +88,14 @@ MASKS = {"short.nii": "voxels", "seven.nii": "value 7", "absent.nii": "does not 
 
 
 @pytest.mark.parametrize("mask, says", MASKS.items())
-def test_masks_that_do_not_fit(world, tmp_path, mask, says, rsna_seg):
+def test_masks_that_do_not_fit(world, tmp_path, mask, says):
     words = ["--mask", world / mask, "--valid", 0]
     done = rsna_seg("prepare", world / "ct.nii", tmp_path / "data", *words)
     refused(done, mask, says)
     assert not (tmp_path / "data").exists()
 
 
-def test_one_patient_cannot_be_split(world, tmp_path, rsna_seg):
+def test_one_patient_cannot_be_split(world, tmp_path):
     done = rsna_seg("prepare", world / "ct.nii", tmp_path / "data", "--mask", world / "mask.nii")
     refused(done, "one patient", "--valid 0")
     assert list(tmp_path.iterdir()) == []
@@ -128,7 +111,7 @@ class Harmful:
         return open, (str(self.mark), "w")
 
 
-def test_checkpoints_that_do_not_fit(world, tmp_path, rsna_seg):
+def test_checkpoints_that_do_not_fit(world, tmp_path):
     other = smp.Unet("resnet18", encoder_weights=None, classes=6)
     torch.save(other.state_dict(), tmp_path / "resnet.pth")
     torch.save({"model": Harmful(tmp_path / "mark")}, tmp_path / "harmful.pth")
@@ -150,7 +133,7 @@ def test_checkpoints_that_do_not_fit(world, tmp_path, rsna_seg):
     assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
 
 
-def test_training_without_imagenet_weights_names_the_ways_out(world, tmp_path, rsna_seg):
+def test_training_without_imagenet_weights_names_the_ways_out(world, tmp_path):
     assert rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--size", 64).returncode == 0
     done = rsna_seg("train", tmp_path / "data", tmp_path / "run")
     refused(done, "--encoder-weights none", "--encoder-weights FILE")
@@ -165,7 +148,7 @@ def test_opencv_needs_no_display_library():
     assert "NONE" in gui, "opencv-python has replaced opencv-python-headless"
 
 
-def test_settings_that_cannot_be(world, tmp_path, rsna_seg):
+def test_settings_that_cannot_be(world, tmp_path):
     cases = {
         "size 100 is not a multiple of 32": ["train", tmp_path, tmp_path / "run", "--size", 100],
         "valid is at least 0 and below 1": [
@@ -180,7 +163,7 @@ def test_settings_that_cannot_be(world, tmp_path, rsna_seg):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_slice_is_named(world, tmp_path, rsna_seg):
+def test_a_damaged_slice_is_named(world, tmp_path):
     "Also when a loader process meets it, and a missing one before the first epoch."
     few = ["--size", 64, "--batch-size", 4, "--epochs", 1, "--encoder-weights", "none"]
     assert rsna_seg("prepare", world / "kaggle", tmp_path / "data", "--size", 64).returncode == 0

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from browser import opened
+from command import rsna_seg
 
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
@@ -26,11 +27,6 @@ from rsna_seg.ct.find import find_source
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)
-
-
-def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
