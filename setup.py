@@ -29,7 +29,10 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("engines", "viewer", "track", "bench", "dev")},
+    extras_require={
+        extra: lines(f"{extra}_requirements")
+        for extra in ("engines", "viewer", "track", "bench", "dev")
+    },
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

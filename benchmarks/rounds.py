@@ -17,7 +17,7 @@ from rsna_seg.files import whole_file
 def arguments(question):
     "The words that every benchmark understands."
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--quick", action="store_true", help="the same work per round, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="same work per round, fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     return parser.parse_args()
 
@@ -27,13 +27,15 @@ def machine():
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        cpu = next(iter(names), cpu)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": platform.platform()}
+    system = platform.platform()
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": system}
 
 
 def speeds(ways, work, unit, rounds):
-    "`work` per second of each way, all of them once in each round after one round that does not count."
+    "`work` per second of each way, each once a round; the first round does not count."
     seconds = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -46,7 +48,8 @@ def speeds(ways, work, unit, rounds):
 
 def summary(values, unit):
     "Median and spread of some rounds."
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "unit": unit}
+    spread = {"min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), **spread, "unit": unit}
 
 
 def report(question, results, ratios, packages, rounds, file=None):
@@ -54,9 +57,13 @@ def report(question, results, ratios, packages, rounds, file=None):
     table = pd.DataFrame(results).T
     for column in ("median", "min", "max"):
         table[column] = [f"{value:.3g}" for value in table[column]]
-    print(question, table.to_string(), "", *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()), sep="\n")
+    print(question, table.to_string(), "", sep="\n")
+    print(*(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()), sep="\n")
     if file:
         versions = {name: version(name) for name in packages}
-        everything = {"question": question, "machine": machine(), "versions": versions, "rounds": rounds, "results": results, "ratios": ratios}
+        everything = {
+            "question": question, "machine": machine(), "versions": versions, "rounds": rounds,
+            "results": results, "ratios": ratios,
+        }  # fmt: skip
         with whole_file(file) as part:
             part.write_text(json.dumps(everything, indent=2))

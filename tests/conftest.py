@@ -1,28 +1,41 @@
-"What tests of several files share: real CT, a browser, one thread, and the names of the markers."
+"What the tests share: the words of their command line, one trained network, real CT, a browser."
 
 import os
 from pathlib import Path
 
 import pytest
-import torch
 from browser import chromium
 
+FIRST = ("test_real_ct.py", "test_evaluate.py", "test_demo.py")  # they hold the longest tests
+LAST = "test_notebooks.py"
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let the tests use CUDA, hidden otherwise")
+
+
 def pytest_configure(config):
-    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # tests side by side: each has its share of the cores
-        threads = max(1, os.cpu_count() // int(workers))
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
-        torch.set_num_threads(threads)
-    config.option.loadscopereorder = False  # for pytest-xdist: files in the order of `pytest_collection_modifyitems`
-    config.addinivalue_line("markers", "long: takes minutes; leave it out with -m 'not long'")
+    config.addinivalue_line("markers", "slow: takes long; left out, unless asked for with -m")
+    config.option.markexpr = config.option.markexpr or "not slow"
+    if not config.option.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks, in child processes too
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side: each its share
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
+    config.option.loadscopereorder = False  # pytest-xdist keeps the order below
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    "Files with long tests come first, so that side by side none of them is left alone at the end."
-    long = {item.path for item in items if item.get_closest_marker("long")}
-    items.sort(key=lambda item: item.path not in long)
+    """For `--dist loadgroup`: a file's tests stay in one process, for the sake of its fixtures.
+
+    Long files come first. Notebooks, each a process of its own, fill the gaps at the end.
+    """
+    for item in items:
+        if item.path.name != LAST:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    names = [*FIRST, "", LAST]
+    items.sort(key=lambda item: names.index(item.path.name if item.path.name in names else ""))
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +46,17 @@ def real_ct():
     return REAL_CT
 
 
+@pytest.fixture(scope="session")
+def example():
+    "The small network that works, its data and patients it never saw; trained at most once."
+    from rsna_seg.app.demo import example
+
+    return example()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network(tmp_path_factory):
-    "Tests must not depend on a network: the model hub is off and its cache empty, for child processes too."
+    "Tests need no network: the model hub is off and its cache empty, for child processes too."
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
@@ -45,7 +66,9 @@ def no_network(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    "PyTorch adds up in one order, so that the same input gives the same numbers; small pictures gain nothing from more threads."
+    "PyTorch adds up in one order, so that the same input gives the same numbers."
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -136,11 +136,13 @@ def test_prediction_shows_the_network_what_training_did(world, data, channels, t
     assert torch.equal(torch.cat(seen), as_input(torch.stack([slices[i][0] for i in rows.index])))
 
 
+@pytest.mark.slow
 def test_training_looks_at_the_neighbours(world, tmp_path):
     runs = [train(world / "data", tmp_path / c, replace(SMALL, epochs=1, channels=c)).history for c in ("copies", "neighbours")]
     assert runs[0].train_loss[0] != runs[1].train_loss[0]
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_agree(world, data, run):
     result = evaluate(run.checkpoint, world / "data", batch_size=1, workers=0, device="cpu")
     assert (result.matrix.sum(axis=0) > 0).sum() >= 3  # the network finds something
@@ -156,6 +158,7 @@ def test_evaluation_and_prediction_agree(world, data, run):
     assert agreed == len(result.slices)
 
 
+@pytest.mark.slow
 def test_the_network_looks_at_its_neighbours(world, run):
     "A scan upside down is another picture."
     predictor, case = Predictor(run.checkpoint, PredictConfig("torch", batch_size=1, crop=False)), find_source(world / "kaggle").cases[0]
@@ -164,6 +167,7 @@ def test_the_network_looks_at_its_neighbours(world, run):
     assert (turned != predictor(scan).mask).any()
 
 
+@pytest.mark.slow
 def test_examples_show_the_slice_itself(world, run, tmp_path):
     result = evaluate(run.checkpoint, world / "data", workers=0, device="cpu", pictures=tmp_path)
     cases = {case.series: case for case in find_source(world / "kaggle").cases}
@@ -177,6 +181,7 @@ def test_examples_show_the_slice_itself(world, run, tmp_path):
         assert (stored["truth"] != stored["prediction"]).sum() == wrong[own].max()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_network_takes(run, tmp_path):
     assert read_card(run.checkpoint).channels == "neighbours"
     plain = torch.load(run.checkpoint, weights_only=True)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from browser import opened
+from command import rsna_seg
 
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
@@ -27,11 +28,6 @@ from rsna_seg.ct.cases import find_source
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)
-
-
-def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +95,7 @@ def test_organs_that_are_not_to_be_judged(world):
         score_masks(world / "tool", world / "true", pattern=r"(?P<patient>p\d+)_.*")
 
 
+@pytest.mark.slow
 def test_a_cross_validation_judges_everybody_once(world, tmp_path):
     done = rsna_seg("evaluate", world / "runs", world / "data", tmp_path / "out", "--workers", 1)
     assert done.returncode == 0, done.stderr
@@ -128,6 +125,7 @@ def test_runs_that_are_no_cross_validation(world, tmp_path):
         evaluate(world / "true", world / "data", workers=0)
 
 
+@pytest.mark.slow
 def test_a_corrupt_case_is_left_out_and_told(world, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(world / "data", data)
@@ -233,6 +231,7 @@ def reports(world, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_tools_compared(reports):
     found = json.loads((reports / "both" / "metrics.json").read_text())
     row, tables = found["scores"]["dice"]["liver"], [pd.read_csv(reports / n / "per_volume.csv").set_index(["patient", "organ"]) for n in ("worse", "better")]
@@ -241,6 +240,7 @@ def test_two_tools_compared(reports):
     assert rsna_seg("compare", reports / "worse", reports / "masks", reports / "x").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs", "better", "both"])
 def test_a_browser_opens_the_report(browser, reports, name):
     "Reads the table of cases, sorts it, opens a case; no error, no request to any host."
@@ -271,7 +271,7 @@ def test_a_browser_opens_the_report(browser, reports, name):
         assert seen.problems == [] and seen.elsewhere == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_memory_does_not_grow_with_slices(tmp_path):
     "A phantom of 2,000 slices of 512 x 512 in one volume in under 3 GB."
     hu, mask, affine = render(draw_patient(1), size=128, slices=40)

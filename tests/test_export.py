@@ -88,6 +88,7 @@ def test_contract_of_the_graphs(exported):
     assert str(network.input("image").partial_shape) == "[?,3,?,?]" and network.output("logits").partial_shape[1] == 6
 
 
+@pytest.mark.slow
 def test_nothing_is_printed(checkpoint, needed, tmp_path):
     code = f"""
 from rsna_seg.engines.export import export_openvino, export_torchscript

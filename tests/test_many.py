@@ -234,6 +234,7 @@ def test_a_killed_process_goes_on(job, net, scans, read):
     check_tables(out)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_does_the_same(job, scans, tmp_path):
     "Two processes of a cluster give the masks that one process gives."
     distributed = pytest.importorskip("distributed")
@@ -250,6 +251,7 @@ def test_a_dask_cluster_does_the_same(job, scans, tmp_path):
         assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_scans(job, net, scans, tmp_path):
     "As `torchrun` starts them: each scan is read by one of them, and the tables hold them all."
     (tmp_path / "work.py").write_text(WORK.replace("predict_many(", """from rsna_seg.app import many

@@ -419,6 +419,7 @@ print(result.mask.shape, Path("/proc/self/status").read_text())
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_scan(net, tmp_path):
     "A thousand slices of 512 x 512, which are 0.5 GB as int16: the peak stays below 3 GB."
     hu, _, affine = render(draw_patient(1), size=128, slices=20)

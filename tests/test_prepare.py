@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -17,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from command import rsna_seg
 
 from rsna_seg.data import PrepareConfig, add_split, balanced_draw, prepare
 from rsna_seg.ct.store import open_data
@@ -43,11 +43,6 @@ def own_kaggle(kaggle, tmp_path):
 def tree(folder):
     "The checksum of every file below a folder."
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
-
-
-def rsna_seg(*words):
-    command = [sys.executable, "-c", "from rsna_seg.app.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_killed_at_ten_random_moments(kaggle, tmp_path):

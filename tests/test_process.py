@@ -56,6 +56,7 @@ def test_killed_prepare_continues(kaggle, tmp_path):
         assert (tmp_path / "killed" / image).read_bytes() == (whole.folder / image).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_training_continues_bit_for_bit(kaggle, tmp_path):
     prepare(kaggle, tmp_path / "data", config=PrepareConfig(size=64, jobs=1))
     assert start(TRAIN, tmp_path / "data", tmp_path / "whole").wait() == 0

@@ -90,7 +90,7 @@ def overfit(real_ct, tmp_path_factory):
     return folder / "refined"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_overfit_one_torso(real_ct, overfit, tmp_path):
     "Dice of at least 0.90 for each organ, measured on the mask that was written and read again."
     source = real_ct / "totalseg_example"
@@ -106,7 +106,7 @@ def test_overfit_one_torso(real_ct, overfit, tmp_path):
     assert min(scores.values()) >= 0.90, scores
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_orientation_of_the_file_does_not_matter(real_ct, overfit, tmp_path):
     "Stored as LPS, LAS, RAS or LAI, the scan gets the same mask at the same places in the patient."
     image = nib.load(real_ct / "totalseg_example" / "ct.nii.gz")
@@ -124,7 +124,7 @@ def test_orientation_of_the_file_does_not_matter(real_ct, overfit, tmp_path):
         np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(masks["RAS"].dataobj))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_snippet_everybody_uses(real_ct, overfit, monkeypatch):
     "The checkpoint in plain segmentation-models-pytorch gives the classes that the predictor gives."
     scan = read_scan(real_ct / "totalseg_example" / "ct.nii.gz")

@@ -1,4 +1,4 @@
-"What is generated is in step with what it is generated from, and the documentation builds without a network."
+"What is generated is in step with its source, and the documentation builds without a network."
 
 import json
 import os
@@ -14,12 +14,17 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p.relative_to(TOP) for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    path.relative_to(TOP)
+    for path in (TOP / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
 
 
 def run(*words, cwd):
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": tools})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -28,7 +33,9 @@ def run(*words, cwd):
 def copy(tmp_path_factory):
     "A copy of the project in which generators may write."
     folder = tmp_path_factory.mktemp("copy") / "rsna_seg"
-    unwanted = shutil.ignore_patterns(".git", "_proc", "_docs", "*.egg-info", "__pycache__", ".pytest_cache", "rsna_seg_demo")
+    unwanted = shutil.ignore_patterns(
+        ".git", "_proc", "_docs", "*.egg-info", "__pycache__", ".pytest_cache", "rsna_seg_demo"
+    )  # fmt: skip
     return shutil.copytree(TOP, folder, ignore=unwanted)
 
 
@@ -38,9 +45,10 @@ def differences(copy, *paths):
     for top in (TOP, copy):
         for path in paths:
             files = [top / path] if (top / path).is_file() else (top / path).rglob("*")
-            names |= {p.relative_to(top) for p in files if p.is_file() and "__pycache__" not in p.parts}
-    same = lambda name: (TOP / name).is_file() and (copy / name).is_file() and (TOP / name).read_bytes() == (copy / name).read_bytes()
-    return sorted(str(n) for n in names if not same(n))
+            files = [p for p in files if p.is_file() and "__pycache__" not in p.parts]
+            names |= {p.relative_to(top) for p in files}
+    content = lambda file: file.read_bytes() if file.is_file() else None
+    return sorted(str(name) for name in names if content(TOP / name) != content(copy / name))
 
 
 def test_notebooks_are_clean_and_exported(copy):
@@ -64,7 +72,8 @@ def test_another_owner_goes_everywhere(copy):
     texts = [copy / "README.md", copy / "nbs" / "nbdev.yml", *(copy / n for n in NOTEBOOKS)]
     for text in (p.read_text() for p in texts):
         assert f"/{owner}/rsna_seg" not in text and f"{owner}.github.io" not in text
-    assert all("github/somebody-else/rsna_seg" in (copy / n).read_text() for n in NOTEBOOKS if n.name != "index.ipynb")
+    for name in set(NOTEBOOKS) - {Path("nbs/index.ipynb")}:
+        assert "github/somebody-else/rsna_seg" in (copy / name).read_text()
     (copy / "settings.ini").write_text(settings)
     run(sys.executable, ".ci/derive.py", cwd=copy)
 
@@ -76,7 +85,7 @@ def test_notebook_shows_what_it_did(name):
     notebook = json.loads(text)
     cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     outputs = [o for c in cells for o in c["outputs"]]
-    assert len(text) < 220_000
+    assert len(text) < 150_000
     assert "widgets" not in notebook["metadata"]
     assert outputs or "tutorials" in name.parts or name.name == "index.ipynb"
     for output in outputs:
@@ -104,6 +113,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
 def test_documentation_builds_offline(copy):
     "One page a notebook, and every link inside the site leads somewhere."
@@ -124,6 +134,9 @@ def test_documentation_builds_offline(copy):
             if parts.scheme or parts.netloc:
                 continue
             target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-            if not target.exists() or (target in pages and parts.fragment and unquote(parts.fragment) not in pages[target].ids):
+            fragment = unquote(parts.fragment)
+            if not target.exists():
+                broken.append(f"{page.name}: {link}")
+            elif fragment and target in pages and fragment not in pages[target].ids:
                 broken.append(f"{page.name}: {link}")
     assert broken == []

@@ -176,6 +176,7 @@ def whole(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_killed_at_random_again_and_again(whole, tmp_path, stage):
     "After a few more steps, and some milliseconds: while a state is written, a slice loaded, an epoch judged."
@@ -190,6 +191,7 @@ def test_killed_at_random_again_and_again(whole, tmp_path, stage):
     assert differences(undisturbed, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_killed_long_after_the_latest_state(whole, tmp_path):
     "The U-Net, with a state after each epoch only, so that steps are made again; with a loader worker, which must end too."
     config = replace(FIRST, batch_size=4, save_minutes=60)  # three steps to an epoch
@@ -204,6 +206,7 @@ def test_killed_long_after_the_latest_state(whole, tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
+@pytest.mark.slow
 def test_killed_on_either_side_of_each_replaced_file(whole, tmp_path):
     "Config, state, history, card and checkpoint: a kill just before or just after one takes its name leaves a run that goes on."
     names = ["config.json", "state.pt", "previous.pt", "history.csv", "best_model_512.json", "best_model_512.pth"]

@@ -27,7 +27,7 @@ from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TOP = Path(__file__).resolve().parents[1]
 FLAGS = "--size 64 --batch-size 4 --accumulation 2 --epochs 2 --encoder-weights none --workers 0 --save-minutes 0".split()

@@ -13,8 +13,8 @@ from ..files import RsnaSegError
 
 # %% ../../nbs/app/00_cli.ipynb #c88945c4
 COMMANDS = {
-    "demo": "the whole path on synthetic patients in a few minutes: no data, no GPU, no network",
-    "prepare": "from CT with masks (DICOM, NIfTI, PNG) to a dataset folder of PNG slices, split by patient",
+    "demo": "the whole path on synthetic patients: no data, no GPU, no network",
+    "prepare": "from CT with masks (DICOM, NIfTI, PNG) to a dataset folder, split by patient",
     "inspect": "look a dataset folder over: volumes, sides, fit, damage; writes a page",
     "train": "the first training, from ImageNet weights",
     "finetune": "go on from a checkpoint at a low learning rate",
@@ -25,58 +25,65 @@ COMMANDS = {
     "export": "the model for other programs: ONNX, TorchScript, OpenVINO, Hugging Face hub",
 }
 
-
+# %% ../../nbs/app/00_cli.ipynb #08755af8
 def usage():
     "The text of `rsna_seg --help`."
-    lines = [f"  {name:9} {does}" for name, does in COMMANDS.items()]
-    return "\n".join([
-        "usage: rsna_seg COMMAND ...", "", "Liver, spleen, kidneys and bowel in abdominal CT.", "", *lines, "",
-        "rsna_seg COMMAND --help lists a command's arguments and settings.",
-        "For research and teaching; not a medical device.",
-    ])  # fmt: skip
+    commands = "\n".join(f"  {name:9} {does}" for name, does in COMMANDS.items())
+    return f"""usage: rsna_seg COMMAND ...
+
+Organs in abdominal CT.
+
+{commands}
+
+rsna_seg COMMAND --help lists a command's arguments and settings.
+For research and teaching; not a medical device."""
 
 # %% ../../nbs/app/00_cli.ipynb #63c0fa44
-def _run(name, arguments):
-    commands = import_module("rsna_seg.app.commands")
-    try:
-        sys.exit(commands.parse(name, arguments).run() or 0)
-    except RsnaSegError as error:
-        sys.exit(_complain(name, _sentence(error)))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        sys.exit(_complain(name, f"{error.filename or 'writing'}: {error.strerror}."))
-    except KeyboardInterrupt:
-        goes_on = name in ("prepare", "train", "finetune", "predict")
-        _complain(name, "interrupted; give the same command again to go on." if goes_on else "interrupted.")
-        sys.exit(130)
+def _complain(name, sentence):
+    "Prints the sentence; returns the exit code."
+    command = f"rsna_seg {name}".strip()
+    print(f"{command}: {sentence}", file=sys.stderr)
+    return 2
 
-
+# %% ../../nbs/app/00_cli.ipynb #aa9d0522
 def _sentence(error):
-    "The error's own text, without the traceback that a loader process puts in front of it."
+    "The error's own text."
     text = str(error)
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
+# %% ../../nbs/app/00_cli.ipynb #22ae33e6
+def _run(name, arguments):
+    "Runs a command; returns the exit code."
+    commands = import_module("rsna_seg.app.commands")
+    try:
+        return commands.parse(name, arguments).run() or 0
+    except RsnaSegError as error:
+        return _complain(name, _sentence(error))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _complain(name, f"{error.filename or 'writing'}: {error.strerror}.")
+    except KeyboardInterrupt:
+        again = name in ("prepare", "train", "finetune", "predict")
+        _complain(name, "interrupted" + "; give the same command again to go on." * again)
+        return 130
 
-def _complain(name, sentence):
-    print(f"rsna_seg {name}: {sentence}", file=sys.stderr)
-    return 2
-
-
+# %% ../../nbs/app/00_cli.ipynb #9f81a3d5
 def main(
-    argv: list[str] | None = None,  # the words after `rsna_seg`; those of the command line if None
+    argv: list[str] | None = None,  # the words after `rsna_seg`; the command line's own if None
 ):
-    "Runs a command; exits with 2 and one sentence if the user can mend what went wrong."
+    "Runs a command and exits; with 2 and a sentence if the user can mend what went wrong."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
     elif argv[0] == "--version":
         print(import_module("rsna_seg").__version__)
     elif argv[0] in COMMANDS:
-        _run(argv[0], argv[1:])
+        sys.exit(_run(argv[0], argv[1:]))
     else:
-        sys.exit(_complain("", f"there is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}."))
+        known = ", ".join(COMMANDS)
+        sys.exit(_complain("", f"there is no command {argv[0]!r}; the commands are {known}."))
 
 # %% ../../nbs/app/00_cli.ipynb #24b24be5
-if __name__ == "__main__" and not hasattr(sys, "ps1"):  # there is a prompt, sys.ps1, where a notebook runs this cell
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
     main()
