@@ -7,8 +7,8 @@ from importlib import import_module
 _CHAPTERS = ("data", "augment", "model", "train", "finetune", "evaluate", "predict")
 _HOME = {
     "prepare": "data",
-    "open_data": "data",
-    "read_scan": "ct.scan",
+    "open_data": "ct.store",
+    "read_scan": "ct.dicom",
     "Scan": "ct.scan",
     "ORGANS": "ct.organs",
     "load_checkpoint": "model",

@@ -28,8 +28,8 @@ from .ct.store import open_data
 from .ct.png import read_png
 from .files import ConfigError, DataError, RsnaSegError
 from .model import as_input, file_sha256, load_checkpoint, marginal_logits
-from .predict import PredictConfig, Predictor
-from .engines.slices import from_square
+from .engines.engines import make_engine
+from .engines.slices import from_square, mean_logits, squares_of
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run
@@ -217,15 +217,17 @@ def _labelled_only(mask, judge):
     return mask
 
 
-def _judge_scan(judge, case, predictor):
+def _judge_scan(judge, case, engine, card, batch_size):
     "Judges a scan with its mask."
     scan = read_scan(case.scan, case.files)
     truth = _labelled_only(case.mask_on(scan), judge)
+    ranks, shape = np.arange(len(scan.hu)), scan.hu.shape[1:]
     with _volume(judge, case, scan, truth) as judged:
-        for z in predictor.batches(np.arange(len(scan.hu))):
-            grey = window(scan.hu[z], predictor.card.level, predictor.card.width)
-            classes = torch.from_numpy(truth[z]).to(predictor.device)
-            _take(judged, z, predictor.logits(scan.hu, z), classes, grey)
+        for z in np.split(ranks, range(batch_size, len(ranks), batch_size)):
+            logits = mean_logits([engine], squares_of(scan.hu, z, card), card.labelled).float()
+            grey = window(scan.hu[z], card.level, card.width)
+            classes = torch.from_numpy(truth[z]).to(logits.device)
+            _take(judged, z, from_square(logits, *shape), classes, grey)
 
 
 def _each(judge, cases, unit, judge_case):
@@ -249,12 +251,13 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
     if not isinstance(scans.cases[0], ScanCase):
         raise DataError(f"{source} holds {scans.kind}; make a dataset folder of it first:"
                         f" rsna_seg prepare {source} DATA")  # fmt: skip
-    predictor = Predictor(models[0], PredictConfig("torch", device, batch_size, crop=False))
+    model, card = load_checkpoint(models[0])
+    engine = make_engine("torch", model, card.size, device)
     judge = Judge(scans.labelled, tolerance, draw=case_drawer(pictures))
     with_mask = [case for case in scans.cases if case.masks]
-    _each(judge, with_mask, "scan", lambda case: _judge_scan(judge, case, predictor))
+    _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
     data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None}
-    about = {"models": [_about(models[0], predictor.card)], "part": "all scans",
+    about = {"models": [_about(models[0], card)], "part": "all scans",
              "notes": [*scans.notes, _UNKNOWN], "data": data}  # fmt: skip
     return judge.result(about, pictures)
 

@@ -98,7 +98,7 @@ class Segmentation:
 
     def figure(self):
         "Three planes and a mosaic of slices with the organs in colour."
-        from rsna_seg.report.scan import preview# a second that a mask alone need not wait for
+        from rsna_seg.report.scan import preview  # a second that a mask alone need not wait for
 
         grey = Windowed(self.scan.hu, self.card.level, self.card.width)
         return preview(grey, self.mask, self.scan.spacing)
@@ -239,7 +239,7 @@ class Predictor:
         mask, shape = np.zeros(scan.hu.shape, np.uint8), scan.hu.shape[1:]
         stored = nullcontext()
         if probabilities:
-            from rsna_seg.ct.outputs import probability_file# SciPy: a second, for few
+            from rsna_seg.ct.outputs import probability_file  # SciPy: a second, for few
 
             stored = probability_file(probabilities, scan)
         with stored as stored:

@@ -1,4 +1,3 @@
-<<<<<<< /tmp/tmpy8a25tut/o
 "What version 0.1.0 wrote still works: dataset folder, checkpoint, run."
 
 import hashlib
@@ -26,20 +25,6 @@ FINGERPRINT = "bf0e5a87fd9a98a427477d7585b89965bce97aee160b1e992623ae62b2264686"
 OLD_RUN = TrainConfig(
     size=64, batch_size=4, accumulation=2, epochs=3, encoder_weights="none", workers=0, lr=3e-3, mixed_precision="no", ema=0.9, clip=1.0)  # fmt: skip
 
-=======
-"What version 0.1.0 has written still works: dataset folder, checkpoint, run."
-
-import json
-import tarfile
-from pathlib import Path
-
-import pytest
-
-from rsna_seg.predict import PredictConfig, Predictor
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
->>>>>>> /tmp/tmpy8a25tut/t
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
@@ -50,7 +35,6 @@ def old(tmp_path_factory):
     return folder
 
 
-<<<<<<< /tmp/tmpy8a25tut/o
 @pytest.fixture
 def old_run(old, tmp_path):
     "A copy of the run."
@@ -105,8 +89,6 @@ def test_a_dataset_folder_opens(old):
     assert image.shape == mask.shape == (data.info["size"], data.info["size"])
 
 
-=======
->>>>>>> /tmp/tmpy8a25tut/t
 def test_checkpoint_predicts_the_same_voxels(old):
     result = Predictor(old / "run" / "best_model_512.pth", PredictConfig("torch"))(old / "scan")
     expected = json.loads((old / "expected.json").read_text())["voxels"]

@@ -23,15 +23,16 @@ from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.series import list_series
 from ..ct.inputs import opened
-from ..predict import OUTPUTS, check_outputs, save_segmentation
 from ..ct.scan import to_square, window
 from ..data import PrepareConfig, prepare
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
 from ..evaluate import evaluate, score_masks
-from ..files import whole_file
+from ..files import ConfigError, whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..model import load_checkpoint
-from ..predict import PredictConfig, Predictor
+from rsna_seg.predict import (
+    OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, check_outputs, save_segmentation,
+)  # fmt: skip
 from ..anatomy.inspect import inspect_data
 from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
@@ -39,9 +40,9 @@ from ..report.plots import learning_rate_curve, save_png, training_curves
 from ..scoring.compare import compare
 from ..report.comparison import write_comparison
 from ..scoring.intervals import interval_table, patient_means
-from ..scoring.judge import Tolerance
-from ..train import TrainConfig, begin_model, open_for_training, open_run, train
-from ..train import find_lr, plan_run
+from rsna_seg.train import (
+    TrainConfig, begin_model, find_lr, open_for_training, open_run, plan_run, train,
+)  # fmt: skip
 from ..training.plan import suggest_lr
 
 # %% ../../nbs/app/01_commands.ipynb #db430269
@@ -178,10 +179,22 @@ class Finetune:
         else:
             _show_run(finetune(self.checkpoint, self.data, self.out, self.config))
 
+# %% ../../nbs/app/01_commands.ipynb #290c8a7f
+def _millimetres(words):
+    "The tolerances that words such as 3, or liver=3 bowel=4, mean; raises `ConfigError`."
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return float(words[0])
+        return {key: float(mm) for key, mm in (word.split("=") for word in words)}
+    except ValueError as error:
+        given = " ".join(words)
+        raise ConfigError(f"--tolerance {given} is neither mm nor ORGAN=MM.") from error
+
 # %% ../../nbs/app/01_commands.ipynb #bce0372a
 def _score(command, judge):
     "Writes a report, prints the Dice of each organ and what was left out; the exit code."
     settings = {key: value for key, value in vars(command).items() if key != "out"}
+    settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     report = write_evaluation(result, command.out)
     columns = {"mean": "Dice", "low": "95 % from", "high": "to", "n": "patients"}
@@ -204,7 +217,8 @@ class Evaluate:
     batch_size: int = 16  # slices at once
     workers: int = 16  # loader processes, at most one for each core
     device: str | None = None  # cuda or cpu; the GPU if there is one
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    # mm within which outlines agree, for NSD: 3, or liver=3 bowel=4; the organs' own if empty
+    tolerance: tuple[str, ...] = ()
     source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
 
     def run(self):
@@ -224,7 +238,8 @@ class Score:
     labels: str = ""  # same, of the truth; totalsegmentator for files named by organ, else rsna
     labelled: tuple[str, ...] = ()  # organs to judge; all that the truth's labels name if empty
     pattern: str = ""  # regular expression with a group patient, if patients have several cases
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    # mm within which outlines agree, for NSD: 3, or liver=3 bowel=4; the organs' own if empty
+    tolerance: tuple[str, ...] = ()
 
     def run(self):
         return _score(self, score_masks)
@@ -284,8 +299,7 @@ class Predict:
     series: str | None = None  # of several: the UID, its beginning or end, or the number
     list_series: bool = False  # only print the DICOM series that are there
     spacing: tuple[float, float, float] | None = None  # of PNG: mm along slice, row, column
-    # what to write
-    outputs: tuple[Literal[tuple(OUTPUTS)], ...] = ("nifti", "preview", "volumes")
+    outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
     jobs: int = 1  # processes for many scans
     config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)
