@@ -21,7 +21,7 @@ from ..scoring.intervals import MEAN
 from ..scoring.judge import SCHEMA
 from ..scoring.metrics import METRICS
 
-# %% ../../nbs/report/05_comparison.ipynb #422f60a6
+# %% ../../nbs/report/05_comparison.ipynb #4455d9ab
 def differences_figure(
     result: Comparison,
     metric: str = "dice",  # its key
@@ -32,7 +32,11 @@ def differences_figure(
     pairs = pairs.rename(columns=columns)
     rows = result.tables[metric].iterrows()
     intervals = {key: (row.difference, row.low, row.high) for key, row in rows}
-    return paired_differences(pairs, intervals, result.names, METRICS[metric].name)
+    fig = paired_differences(pairs, intervals, result.names, METRICS[metric].name)
+    if METRICS[metric].better == "smaller":  # then the better model's dots are left of the line
+        fig.axes[0].set_title(f"← {result.names[1]} better", loc="left", fontsize=10)
+        fig.axes[0].set_title(f"{result.names[0]} better →", loc="right", fontsize=10)
+    return fig
 
 # %% ../../nbs/report/05_comparison.ipynb #9d1b0413
 def _sentences(result):
