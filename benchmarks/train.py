@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Subset
 from rsna_seg.augment import Augment
 from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
 from rsna_seg.ct.store import open_data
-from rsna_seg.training.loop import Tally, make_loop, pick_precision, start_accelerator, train_epoch
 from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.model import ENCODER, SegLoss, build_model
 from rsna_seg.training.loop import Tally, make_loop, start_accelerator, train_epoch

@@ -318,10 +318,3 @@ def load_checkpoint(
 def has_bf16() -> bool:
     "Whether this processor multiplies bfloat16 by itself."
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-
-
-def keep_memory():
-    "Lets this process keep the memory that a batch frees, where the C library is glibc (mallopt(3))."
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink

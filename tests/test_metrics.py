@@ -14,7 +14,7 @@ from rsna_seg.ct.organs import CLASSES, ORGANS
 from rsna_seg.scoring.metrics import RocHistogram, ScoreHistogram
 from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.dicom import read_scan
-from rsna_seg.scoring.judge import Spacing, Tolerance, VolumeTally
+from rsna_seg.scoring.judge import Spacing, VolumeTally
 from rsna_seg.scoring.surfaces import SurfaceTally
 from rsna_seg.files import ConfigError
 from rsna_seg.report.comparison import write_comparison

@@ -23,7 +23,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..files import ConfigError, TrainingError, whole_file, writing
-from ..model import SegLoss, as_input, keep_memory, marginal_logits, write_tensors
+from rsna_seg.model import (
+    SegLoss, as_input, has_bf16, keep_memory, marginal_logits, write_tensors,
+)  # fmt: skip
 from ..scoring.metrics import Confusion, merge_unlabelled
 
 # %% ../../nbs/training/00_loop.ipynb #c024be26
@@ -36,8 +38,7 @@ def start_accelerator(
     if precision == "fp16" and not gpu:
         raise ConfigError("fp16 needs a GPU; use --mixed-precision auto.")
     if precision == "auto":
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        precision = "fp16" if gpu else "bf16" if has_bf16 else "no"
+        precision = "fp16" if gpu else "bf16" if has_bf16() else "no"
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before may differ
     torch.backends.cudnn.benchmark = True
     processes = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
