@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 
 from rsna_seg.anatomy.measure import find_body
-from rsna_seg.engines.graph import REACH, grow_box
-from rsna_seg.engines.engines import TorchEngine
 from rsna_seg.ct.inputs import opened
-from rsna_seg.model import load_checkpoint, marginal_logits
-from rsna_seg.engines.slices import box_on_square
 from rsna_seg.ct.scan import to_square, window
+from rsna_seg.engines.engines import TorchEngine
+from rsna_seg.engines.graph import REACH, grow_box
+from rsna_seg.engines.slices import box_on_square
+from rsna_seg.model import load_checkpoint, marginal_logits
 
 MARGINS, SLICES = (0, 8, 16, 32, REACH), 8
 

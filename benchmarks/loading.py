@@ -13,9 +13,9 @@ from rounds import arguments, report, speeds, summary
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from rsna_seg.augment import Augment
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.data import PrepareConfig, SliceDataset, make_loader, prepare
 from rsna_seg.model import SegLoss, as_input, build_model
-from rsna_seg.ct.phantom import write_kaggle
 
 BATCH, STEPS = 8, 3  # of the training steps; small, so that a CPU takes seconds
 

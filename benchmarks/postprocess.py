@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 from rounds import arguments, report, summary
 
+from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
 from rsna_seg.augment import AugmentConfig
-from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
-from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
+from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.predict import Predictor
+from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.train import TrainConfig, train
 
 SEEDS, PATIENTS, UNSEEN = 3, 6, 8  # rounds; phantoms to learn from, phantoms to judge on

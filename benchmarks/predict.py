@@ -21,11 +21,9 @@ from limits import gflop_of_a_slice, products
 from rounds import report, speeds
 
 from rsna_seg.app.demo import example
+from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
-from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.dicom import read_scan
 from rsna_seg.engines.graph import export_onnx
 from rsna_seg.model import ENCODER, Card, has_bf16, load_checkpoint, read_card, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor, plan_work, save_segmentation

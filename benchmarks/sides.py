@@ -19,8 +19,8 @@ from rsna_seg.augment import AugmentConfig
 from rsna_seg.ct.organs import ORGAN
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
-from rsna_seg.scoring.metrics import dice, side_confusion
 from rsna_seg.model import load_checkpoint, save_checkpoint
+from rsna_seg.scoring.metrics import dice, side_confusion
 from rsna_seg.train import TrainConfig, train
 
 SIDES = ("keep", "exchange", "off")

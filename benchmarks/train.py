@@ -21,13 +21,12 @@ from rounds import arguments, report, speeds, summary
 from torch.utils.data import DataLoader, Subset
 
 from rsna_seg.augment import Augment
-from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
+from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
-from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.data import PrepareConfig, SliceDataset, StepSampler, make_loader, prepare
 from rsna_seg.model import ENCODER, SegLoss, build_model
 from rsna_seg.training.loop import Tally, make_loop, start_accelerator, train_epoch
-from rsna_seg.ct.organs import CLASSES
-from rsna_seg.ct.phantom import write_kaggle
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -22,13 +22,13 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .files import ConfigError, DataError, OutputError, writing
 from .ct.cases import SourceConfig, find_source
 from .ct.find import unpack
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
 from .ct.store import SliceData, Store, is_finished, open_data, put_all
+from .files import ConfigError, DataError, OutputError, writing
 
 # %% ../nbs/00_data.ipynb #07a80d3b
 def balanced_draw(
@@ -187,6 +187,9 @@ class SliceDataset(Dataset):
 
     def __len__(self):
         return len(self.images)
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(
         self,

@@ -18,18 +18,18 @@ from tqdm.auto import tqdm
 
 from rsna_seg.ct.cases import (
     ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all,
-)
+)  # fmt: skip
+from .ct.dicom import read_scan
 from .ct.labels import label_map
 from .ct.organs import ALL_ORGANS, ORGANS, only
-from .ct.scan import off_square, square_grid, window
-from .ct.dicom import read_scan
-from .data import SliceDataset, cores, quiet_worker
-from .ct.store import open_data
 from .ct.png import read_png
-from .files import ConfigError, DataError, RsnaSegError
-from .model import as_input, file_sha256, load_checkpoint, marginal_logits
+from .ct.scan import off_square, square_grid, window
+from .ct.store import open_data
+from .data import SliceDataset, cores, quiet_worker
 from .engines.engines import make_engine
 from .engines.slices import from_square, mean_logits, squares_of
+from .files import ConfigError, DataError, RsnaSegError
+from .model import as_input, file_sha256, load_checkpoint, marginal_logits
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run

@@ -25,13 +25,12 @@ from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from .anatomy.checks import check_segmentation
-from .anatomy.measure import organ_facts
-from .anatomy.measure import find_body
+from .anatomy.measure import find_body, organ_facts
 from .anatomy.repair import PostprocessConfig, postprocess
 from .ct.inputs import opened
+from .ct.nifti import save_nifti
 from .ct.organs import CLASSES, ORGAN, ORGANS, palette
 from .ct.scan import Scan, window
-from .ct.nifti import save_nifti
 from .engines.engines import ENGINES, make_engine, pick_engine
 from .engines.graph import grow_box, missing_packages
 from rsna_seg.engines.slices import (

@@ -30,9 +30,10 @@ from .data import SliceDataset, cores, make_loader
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
-from .training.loop import Tally, freeze_encoder, make_loop, start_accelerator
-from .training.loop import load_state, put_state, read_state, save_state
-from .training.loop import train_epoch, valid_epoch
+from rsna_seg.training.loop import (
+    Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
+    start_accelerator, train_epoch, valid_epoch,
+)  # fmt: skip
 from .training.plan import Plan, make_plan, peak_memory, range_test, used_settings
 
 # %% ../nbs/03_train.ipynb #870bc46d
@@ -187,9 +188,8 @@ def _check_alike(out, settings, state):
     mine = [settings, state and (len(state["history"]), state["tally"]["step"])]
     if any(other != mine for other in gather_object([mine])):
         raise ConfigError(
-            f"The processes do not see the same settings, dataset or state in {out}: start them"
-            " with the same command, on equal dataset folders, and keep the run's folder on"
-            " storage that all machines share."
+            f"The processes do not see the same settings, dataset or state in {out}: start them with"
+            " one command on equal dataset folders, and keep the run where all machines see it."
         )
 
 
@@ -236,8 +236,7 @@ def _train_one(loop, loader, tally, bar, config, save):
         now = time.perf_counter()
         tally.seconds += now - start
         score = mean_organs(dice(tally.matrix(loop.criterion.labelled)))
-        rate = loop.scheduler.get_last_lr()[0]
-        bar.set_postfix_str(f"loss={loss:.3f}, dice={score:.3f}, lr={rate:.1e}", refresh=False)
+        bar.set_postfix_str(f"loss={loss:.3f}, dice={score:.3f}", refresh=False)
         bar.update(slices)
         if now - saved >= 60 * config.save_minutes:
             save(tally)

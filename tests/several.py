@@ -14,14 +14,16 @@ import torch
 from torch.utils.data import Dataset
 
 import rsna_seg.train
-from rsna_seg.data import SliceDataset, StepSampler, make_loader
-from rsna_seg.ct.store import open_data
-from rsna_seg.files import ConfigError
-from rsna_seg.training.loop import Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch
-from rsna_seg.scoring.metrics import Confusion
 from rsna_seg.ct.organs import ALL_ORGANS
+from rsna_seg.ct.store import open_data
+from rsna_seg.data import SliceDataset, StepSampler, make_loader
+from rsna_seg.files import ConfigError
 from rsna_seg.model import SegLoss, as_input, build_model
+from rsna_seg.scoring.metrics import Confusion
 from rsna_seg.train import TrainConfig, train
+from rsna_seg.training.loop import (
+    Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch,
+)  # fmt: skip
 
 PLAIN = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=2, encoder_weights="none", workers=0)
 LARGE = TrainConfig(size=64, batch_size=32, accumulation=2, epochs=2, encoder_weights="none", workers=0)

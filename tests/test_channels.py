@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from rsna_seg.augment import Augment, AugmentConfig
+from rsna_seg.ct.cases import find_source
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.phantom import write_kaggle
+from rsna_seg.ct.scan import window
 from rsna_seg.data import PrepareConfig, SliceDataset, make_loader, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import ConfigError
-from rsna_seg.scoring.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
-from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import window
-from rsna_seg.ct.cases import find_source
+from rsna_seg.scoring.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,12 +10,12 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import ConfigError, DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import ENCODER, Card, build_model, load_checkpoint, save_checkpoint
-from rsna_seg.ct.phantom import write_kaggle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

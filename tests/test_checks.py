@@ -12,12 +12,12 @@ from hypothesis.extra.numpy import arrays
 
 from rsna_seg.anatomy.checks import KINDS, check_organs, check_segmentation
 from rsna_seg.anatomy.measure import organ_facts
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
-from rsna_seg.predict import Segmentation
 from rsna_seg.ct.scan import Grid, Scan
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
+from rsna_seg.predict import Segmentation
 
 SOLID = ("liver", "spleen", "left_kidney", "right_kidney")
 

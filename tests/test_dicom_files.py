@@ -14,12 +14,12 @@ from matplotlib.path import Path as Polygon
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from rsna_seg.ct.outputs import outlines, save_dicom_seg, save_rtstruct, source_headers
-from rsna_seg.files import ConfigError, OutputError, RsnaSegError, ScanError
+from rsna_seg.ct.dicom import read_scan, read_seg
 from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.ct.outputs import outlines, save_dicom_seg, save_rtstruct, source_headers
 from rsna_seg.ct.phantom import write_mask, write_series
 from rsna_seg.ct.scan import in_source_order
-from rsna_seg.ct.dicom import read_scan, read_seg
+from rsna_seg.files import ConfigError, OutputError, RsnaSegError, ScanError
 
 hd = pytest.importorskip("highdicom")
 

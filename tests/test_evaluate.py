@@ -14,17 +14,17 @@ import torch
 from browser import opened
 from command import rsna_seg
 
+from rsna_seg.ct.cases import find_source
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.organs import ORGANS
+from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
 from rsna_seg.files import ConfigError, DataError
-from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import Card, build_model, read_card, save_checkpoint
-from rsna_seg.ct.organs import ORGANS
-from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.cases import find_source
+from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.train import TrainConfig, train
 
 SMALL = dict(size=64, batch_size=8, accumulation=1, epochs=2, lr=3e-3, encoder_weights="none", workers=0)

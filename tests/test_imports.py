@@ -71,7 +71,7 @@ def test_modules_stay_small():
 
 def test_the_package_stays_small():
     total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert total <= 10_500
+    assert total <= 13_300
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from rsna_seg.files import ConfigError, DataError, RsnaSegError, ScanError
-from rsna_seg.ct.inputs import from_array, hu_of_grey, opened, read_input, scan_table
+from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.find import is_one_scan
-from rsna_seg.ct.series import list_series
+from rsna_seg.ct.inputs import from_array, hu_of_grey, opened, read_input, scan_table
+from rsna_seg.ct.nifti import save_nifti
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_series
 from rsna_seg.ct.scan import in_source_order, window
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.nifti import save_nifti
+from rsna_seg.ct.series import list_series
+from rsna_seg.files import ConfigError, DataError, RsnaSegError, ScanError
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsna_seg.files import DataError
 from rsna_seg.ct.labels import PRESETS, label_map, named_labels
 from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.ct.phantom import draw_patient, render
 from rsna_seg.ct.png import (
     ENCODINGS, MaskDamage, check_damage, mask_damage, mask_labels, png_values, read_mask_png,
 )  # fmt: skip
-from rsna_seg.ct.phantom import draw_patient, render
+from rsna_seg.files import DataError
 
 SOLID = ("liver", "spleen", "left_kidney", "right_kidney")
 SOURCES = {  # the organs' ids as the datasets publish them: liver, spleen, left kidney, right kidney, bowel; largest id

@@ -10,21 +10,17 @@ from monai.metrics import ConfusionMatrixMetric, compute_average_surface_distanc
 from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
-from rsna_seg.ct.organs import CLASSES, ORGANS
-from rsna_seg.scoring.metrics import RocHistogram, ScoreHistogram
-from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.dicom import read_scan
-from rsna_seg.scoring.judge import Spacing, VolumeTally
-from rsna_seg.scoring.surfaces import SurfaceTally
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.organs import CLASSES, ORGANS
 from rsna_seg.files import ConfigError
 from rsna_seg.report.comparison import write_comparison
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.scoring.compare import compare
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
 from rsna_seg.scoring.judge import Judge, Spacing, VolumeTally
 from rsna_seg.scoring.metrics import (
-    METRICS, Confusion, Metric, Outcome, RocHistogram, ScoreHistogram, class_outcomes, dice, slice_confusions, volume_dice,
+    METRICS, Confusion, Metric, Outcome, RocHistogram, ScoreHistogram, class_outcomes, dice,
+    slice_confusions, volume_dice,
 )  # fmt: skip
 from rsna_seg.scoring.surfaces import SurfaceTally, tolerances
 

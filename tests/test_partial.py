@@ -12,23 +12,18 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from rsna_seg.augment import AugmentConfig
-from rsna_seg.data import PrepareConfig, SliceDataset, prepare
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.ct.store import open_data
+from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.scoring.metrics import dice, merge_unlabelled, pixel_accuracy
-from rsna_seg.ct.organs import ALL_ORGANS
 from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
-from rsna_seg.predict import PredictConfig, Predictor
-from rsna_seg.predict import save_segmentation
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.organs import ALL_ORGANS
-from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
-from rsna_seg.predict import save_segmentation
-from rsna_seg.ct.dicom import read_scan
+from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.scoring.judge import states
+from rsna_seg.scoring.metrics import dice, merge_unlabelled, pixel_accuracy
 from rsna_seg.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import binary_fill_holes, label
 
-from rsna_seg.files import ConfigError
+from rsna_seg.anatomy.measure import midline
+from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.nifti import read_mask
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render
-from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
-from rsna_seg.anatomy.measure import midline
 from rsna_seg.ct.scan import Grid, Scan
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
+from rsna_seg.files import ConfigError
 
 STEPS = {"sides": {"sides": True}, "largest": {"largest": True}, "min_piece": {"min_piece_ml": 1.0}, "fill_holes": {"fill_holes": True}}
 EVERY = PostprocessConfig(sides=True, largest=True, min_piece_ml=1.0, fill_holes=True)

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 
 import cv2
@@ -26,7 +25,6 @@ from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
 from rsna_seg.model import keep_memory
 from rsna_seg.model import Card, as_input, build_model, save_checkpoint
-from rsna_seg.model import Card, as_input, build_model, keep_memory, save_checkpoint
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.anatomy.repair import PostprocessConfig
@@ -320,7 +318,7 @@ MISTAKES = {  # words after the command, and what the sentence holds
     "which series": (["NET", "two", "out", "--series", "7"], "two holds no CT series 7; choose one with --series"),
     "no choice": (["NET", "ct.nii", "out", "--series", "7"], "leave --series 7 away"),
     "spacing of DICOM": (["NET", "series", "out", "--spacing", 1, 1, 1], "has a spacing of its own"),
-    "spacing of nothing": (["NET", "pngs", "out", "--spacing", 1, 1, 0], "give three positive numbers"),
+    "spacing of nothing": (["NET", "pngs", "out", "--spacing", 1, 1, 0], "not three positive mm"),
     "table without paths": (["NET", "scans.csv", "out"], "scans.csv has no column path"),
     "SEG of NIfTI": (["NET", "ct.nii", "out", "--outputs", "nifti", "seg"], "is no DICOM series"),
     "out is a file": (["NET", "ct.nii", "notes.txt"], "notes.txt cannot be written"),

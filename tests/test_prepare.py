@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 from command import rsna_seg
 
-from rsna_seg.data import PrepareConfig, add_split, balanced_draw, prepare
-from rsna_seg.ct.store import open_data
-from rsna_seg.files import DataError, OutputError
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import write_kaggle
+from rsna_seg.ct.store import open_data
+from rsna_seg.data import PrepareConfig, add_split, balanced_draw, prepare
+from rsna_seg.files import DataError, OutputError
 
 SMALL = PrepareConfig(size=64, jobs=1)
 

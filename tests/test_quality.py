@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rsna_seg.anatomy.checks import odd_volumes
+from rsna_seg.anatomy.inspect import inspect_data
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.files import OutputError
-from rsna_seg.ct.phantom import write_kaggle
-from rsna_seg.anatomy.inspect import inspect_data
-from rsna_seg.anatomy.checks import odd_volumes
 from rsna_seg.report.dataset import write_quality
 
 SMALL = PrepareConfig(size=96, jobs=1)

@@ -1,7 +1,6 @@
 "The path on real CT: geometry, Hounsfield units, labels and sides, end to end."
 
 import warnings
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,20 +9,15 @@ import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.dicom import read_scan
+from rsna_seg.ct.nifti import read_mask
+from rsna_seg.ct.scan import to_square, window
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.files import ScanError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.model import as_input, load_checkpoint
-from rsna_seg.predict import Predictor
-from rsna_seg.predict import save_segmentation
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import to_square, window
-from rsna_seg.predict import save_segmentation
-from rsna_seg.ct.nifti import read_mask
-from rsna_seg.ct.dicom import read_scan
-from rsna_seg.ct.scan import to_square, window
+from rsna_seg.predict import Predictor, save_segmentation
+from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.train import TrainConfig, train
 
 SIZE, EPOCHS = 160, 34  # of the overfit

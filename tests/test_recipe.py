@@ -22,14 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import rsna_seg.data
 import rsna_seg.model
 import rsna_seg.train
-from rsna_seg.augment import AugmentConfig
 from rsna_seg.app.cli import main
-from rsna_seg.data import PrepareConfig, SliceDataset, prepare
+from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
+from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.files import ConfigError, TrainingError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import SegLoss, build_model, file_sha256, load_checkpoint
-from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import TrainConfig, train
 
 UNET = smp.Unet

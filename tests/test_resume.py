@@ -21,15 +21,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import rsna_seg.data
 import rsna_seg.model
 import rsna_seg.train
-from rsna_seg.augment import AugmentConfig
 from rsna_seg.app.cli import main
+from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.files import ConfigError, OutputError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.training.loop import Tally
 from rsna_seg.model import file_sha256
-from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.train import TrainConfig, train
+from rsna_seg.training.loop import Tally
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEG2000Lossless, RLELossless
 from scipy.spatial.transform import Rotation
 
-from rsna_seg.files import ScanError
-from rsna_seg.ct.phantom import ENCODINGS, write_mask, write_series
-from rsna_seg.ct.nifti import read_mask, save_nifti
 from rsna_seg.ct.dicom import read_scan, read_seg
+from rsna_seg.ct.nifti import read_mask, save_nifti
+from rsna_seg.ct.phantom import ENCODINGS, write_mask, write_series
 from rsna_seg.ct.scan import Grid, mid_planes, on_grid
+from rsna_seg.files import ScanError
 
 SHAPE = (6, 5, 7)  # slices, rows, columns
 PLAIN = {"flip": False, "falling": False, "first": 1, "encoding": ENCODINGS[0], "nifti": False}

@@ -9,9 +9,9 @@ import pytest
 from skimage.measure import label, regionprops
 
 from rsna_seg.augment import Augment, AugmentConfig
-from rsna_seg.files import ConfigError
 from rsna_seg.ct.phantom import draw_patient, render
 from rsna_seg.ct.scan import window
+from rsna_seg.files import ConfigError
 
 STILL = dict(horizontal_flip=0, vertical_flip=0, rotate=0, grid_distortion=0, coarse_dropout=0)
 FLIPS = {"none": {}, "horizontal": {"horizontal_flip": 1}, "vertical": {"vertical_flip": 1},

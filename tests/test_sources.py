@@ -13,16 +13,16 @@ from highdicom.seg import SegmentDescription, Segmentation
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.ct.store import open_data
-from rsna_seg.files import DataError, RsnaSegError
+from rsna_seg.ct.cases import SourceConfig, find_source
+from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.find import is_one_scan, unpacked
 from rsna_seg.ct.inputs import read_input, scan_table
 from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
-from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.scan import window
-from rsna_seg.ct.cases import SourceConfig, find_source
+from rsna_seg.ct.store import open_data
+from rsna_seg.data import PrepareConfig, prepare
+from rsna_seg.files import DataError, RsnaSegError
 
 SIZE, SLICES = 64, 10
 SMALL = {"size": SIZE, "jobs": 1}

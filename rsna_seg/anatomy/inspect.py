@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from rsna_seg.anatomy.checks import (
     KINDS, SUSPECT, check_series, compare_patients, upper_above_lower,
-)
+)  # fmt: skip
 from .measure import Slice, measure
 from ..ct.organs import CLASSES, ORGANS, in_words
-from ..ct.store import damaged_rows
-from ..ct.store import open_data
 from ..ct.png import read_png
+from ..ct.store import damaged_rows, open_data
 from ..files import DataError
 
 # %% ../../nbs/anatomy/03_inspect.ipynb #b0ec7162

@@ -17,13 +17,14 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from ..anatomy.inspect import inspect_data
 from .demo import DemoConfig, demo
 from .many import Job, predict_many
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
-from ..ct.series import list_series
 from ..ct.inputs import opened
 from ..ct.scan import to_square, window
+from ..ct.series import list_series
 from ..data import PrepareConfig, prepare
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
 from ..evaluate import evaluate, score_masks
@@ -33,12 +34,11 @@ from ..model import load_checkpoint
 from rsna_seg.predict import (
     OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, check_outputs, save_segmentation,
 )  # fmt: skip
-from ..anatomy.inspect import inspect_data
+from ..report.comparison import write_comparison
 from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import learning_rate_curve, save_png, training_curves
 from ..scoring.compare import compare
-from ..report.comparison import write_comparison
 from ..scoring.intervals import interval_table, patient_means
 from rsna_seg.train import (
     TrainConfig, begin_model, find_lr, open_for_training, open_run, plan_run, train,

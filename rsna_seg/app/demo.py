@@ -22,16 +22,15 @@ from platformdirs import user_cache_path
 import rsna_seg
 from ..augment import AugmentConfig
 from ..ct.cases import find_source
+from ..ct.nifti import read_mask
 from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
-from ..predict import save_segmentation
-from ..ct.nifti import read_mask
 from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
 from ..files import ConfigError, DataError, whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..model import imagenet_file
-from ..predict import Predictor
+from ..predict import Predictor, save_segmentation
 from ..report.evaluation import write_evaluation
 from ..scoring.metrics import volume_dice
 from ..train import TrainConfig, train
@@ -162,7 +161,7 @@ def _make_example(folder):
     write_kaggle(folder / "unseen", patients=3, seed=1, first_id=20000, **scans)
     prepare(folder / "kaggle", folder / "data", config=PrepareConfig(size=96, jobs=1))
     settings = TrainConfig(
-        size=96, batch_size=8, accumulation=1, epochs=8, lr=3e-3, encoder_weights="none",
+        size=96, batch_size=8, accumulation=1, epochs=6, lr=3e-3, encoder_weights="none",
         augment=_AUGMENT, mixed_precision="no", workers=0,
     )  # fmt: skip
     train(folder / "data", folder / "run", settings)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import DataError
+from .dicom import ct_series, dicom_series, read_seg, seg_classes
 from rsna_seg.ct.find import (
     CASE_FOLDERS, KAGGLE, NAMED, NIFTI, NIFTI_PAIRS, PNG_PAIRS, case_masks, ct_files, file_kind,
     find_layout, holds, kaggle_series, no_scan, scan_places, stem,
 )  # fmt: skip
 from .labels import LabelMap, label_map, named_labels
+from .nifti import nifti_format, read_mask, read_organ_masks
 from .organs import ALL_ORGANS, ORGAN, ORGANS
 from .png import mask_labels
-from .dicom import ct_series, dicom_series, read_seg, seg_classes
-from .nifti import nifti_format, read_mask, read_organ_masks
+from ..files import DataError
 
 # %% ../../nbs/ct/08_cases.ipynb #b64cdd6e
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from natsort import natsorted, ns
 from tqdm.auto import tqdm
 
-from ..files import DataError, RsnaSegError, ScanError, whole_file, writing
 from .nifti import nifti_format
+from ..files import DataError, RsnaSegError, ScanError, whole_file, writing
 
 # %% ../../nbs/ct/07_find.ipynb #d94a635d
 _ENDINGS = {

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import ConfigError, DataError, RsnaSegError, ScanError
+from .dicom import HELD, assemble, ct_series, dicom_series, read_scan
 from rsna_seg.ct.find import (
-    GIVE, PNG_PAIRS, find_layout, kaggle_series, no_scan, reading, scan_kinds, scan_places, unpacked,
+    GIVE, PNG_PAIRS, find_layout, kaggle_series, no_scan, reading, scan_kinds, scan_places,
+    unpacked,
 )  # fmt: skip
 from .png import read_png
-from .dicom import HELD, assemble, ct_series, dicom_series, read_scan
 from .scan import Grid, Scan, on_grid
 from .series import chosen_series, series_in
+from ..files import ConfigError, DataError, RsnaSegError, ScanError
 
 # %% ../../nbs/ct/09_inputs.ipynb #1baa2098
 SPACES = {"RAS": np.eye(4), "LPS": np.diag([-1.0, -1.0, 1.0, 1.0])}  # from each to RAS

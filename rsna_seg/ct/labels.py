@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..files import DataError
 from .organs import CLASSES, ORGANS
+from ..files import DataError
 
 # %% ../../nbs/ct/02_labels.ipynb #6c8d45b0
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\da-zA-Z_]+")

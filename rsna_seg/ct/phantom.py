@@ -19,9 +19,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 from tqdm.auto import tqdm
 
-from ..files import DataError, whole_file
 from .abdomen import PHASES, TISSUE_ID, TISSUES, draw_body
 from .organs import ORGAN
+from ..files import DataError, whole_file
 
 # %% ../../nbs/ct/13_phantom.ipynb #5af8658c
 @dataclass(frozen=True)

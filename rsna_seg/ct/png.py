@@ -18,12 +18,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..files import DataError
 from rsna_seg.ct.labels import (
     PRESETS, UNKNOWN, LabelMap, first_place, is_colours, json_class, look_up, read_json,
     unknown_values,
 )  # fmt: skip
 from .organs import CLASSES, palette
+from ..files import DataError
 
 # %% ../../nbs/ct/03_png.ipynb #8ea5c803
 def png_pixels(

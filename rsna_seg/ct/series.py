@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from natsort import natsorted
 
-from ..files import ScanError
-from .find import reading, scan_kinds, unpacked
 from .dicom import ct_series, dicom_series
+from .find import reading, scan_kinds, unpacked
+from ..files import ScanError
 
 # %% ../../nbs/ct/06_series.ipynb #a2926ac8
 def _text(header, *tags):

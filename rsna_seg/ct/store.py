@@ -19,12 +19,12 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..files import DataError, OutputError, RsnaSegError, whole_file, writing
 from .cases import PngCase, ScanCase, Source, case_name
+from .dicom import read_scan
 from .organs import CLASSES, ORGANS, only
 from .png import check_damage, mask_damage, png_classes, png_values, read_png
-from .dicom import read_scan
 from .scan import to_square, window
+from ..files import DataError, OutputError, RsnaSegError, whole_file, writing
 
 # %% ../../nbs/ct/10_store.ipynb #5a0fe75e
 @dataclass(frozen=True)
@@ -396,6 +396,5 @@ def put_all(
         if reason:
             skipped.append((case.patient, case.series, str(case.scan), reason))
     if len(skipped) == len(source.cases):
-        others = f" None of the {len(skipped)} series can be read." if len(skipped) > 1 else ""
-        raise DataError(skipped[0][-1] + others)
+        raise DataError(f"{skipped[0][-1]} No series of the source can be read.")
     return skipped

@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from ..anatomy.checks import ADVICE
 from ..anatomy.inspect import Quality, summarise
 from ..ct.organs import CLASSES, ORGANS, overlay
-from ..ct.scan import to_square
 from ..ct.png import read_png
+from ..ct.scan import to_square
 from ..files import DataError, whole_file, writing
 from .page import Section, write_report
 from .plots import Paper, organ_legend

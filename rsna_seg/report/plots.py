@@ -23,8 +23,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
-from ..files import whole_file
 from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, overlay, palette
+from ..files import whole_file
 
 # %% ../../nbs/report/00_plots.ipynb #23db972f
 def png_bytes(

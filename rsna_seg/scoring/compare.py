@@ -44,7 +44,8 @@ def _read_report(folder):
     keys = {"patient": str, "series": str}
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
-        tables = [pd.read_csv(folder / f"per_{name}.csv", dtype=keys) for name in ("volume", "slice")]
+        files = [folder / "per_volume.csv", folder / "per_slice.csv"]
+        tables = [pd.read_csv(file, dtype=keys) for file in files]
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder} is no report of an evaluation ({error});"

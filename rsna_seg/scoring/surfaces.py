@@ -15,7 +15,7 @@ from surface_distance import lookup_tables
 
 from ..ct.organs import ORGANS
 from ..files import ConfigError
-from .metrics import METRICS, Distances, Outcome
+from .metrics import Distances
 
 # %% ../../nbs/scoring/01_surfaces.ipynb #558679d5
 def _outline(mask, spacing):

@@ -23,9 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..files import ConfigError, TrainingError, whole_file, writing
-from rsna_seg.model import (
-    SegLoss, as_input, has_bf16, keep_memory, marginal_logits, write_tensors,
-)  # fmt: skip
+from ..model import SegLoss, as_input, has_bf16, keep_memory, marginal_logits, write_tensors
 from ..scoring.metrics import Confusion, merge_unlabelled
 
 # %% ../../nbs/training/00_loop.ipynb #c024be26

@@ -30,7 +30,7 @@ from ..files import ConfigError, TrainingError
 from ..model import SegLoss, as_input, build_model
 from rsna_seg.training.loop import (
     Loop, Tally, add_gradients, make_loop, make_step, start_accelerator, train_epoch,
-)
+)  # fmt: skip
 
 # %% ../../nbs/training/01_plan.ipynb #dc2b027a
 def peak_memory(
