@@ -26,7 +26,7 @@ def without_bars(outputs):
     return kept
 
 
-os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
+os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore", OPENCV_LOG_LEVEL="ERROR")
 for path in map(Path, sys.argv[1:]):
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}

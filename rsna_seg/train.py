@@ -188,8 +188,8 @@ def _check_alike(out, settings, state):
     mine = [settings, state and (len(state["history"]), state["tally"]["step"])]
     if any(other != mine for other in gather_object([mine])):
         raise ConfigError(
-            f"The processes do not see the same settings, dataset or state in {out}: start them with"
-            " one command on equal dataset folders, and keep the run where all machines see it."
+            f"The processes do not see the same settings, dataset or state in {out}: start them"
+            " by one command on equal dataset folders, and keep the run where all machines see it."
         )
 
 
