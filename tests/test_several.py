@@ -167,7 +167,7 @@ def test_only_the_first_process_writes(found, place):
 
 def test_a_folder_that_is_not_shared_is_refused(found):
     for process in found:
-        assert "keep the run's folder on storage that all machines share" in process["unshared"]
+        assert "keep the run where all machines see it" in process["unshared"]
 
 
 def test_notebook_launcher_goes_on_from_one_process(place):

@@ -102,7 +102,7 @@ def spacing_figure(
         "slices of a series": series.slices,
         "% of its slices without organs": 100 * series.without_organs / series.masked,
     }).dropna(axis="columns", how="all")  # fmt: skip
-    letters = series.orientation[series.orientation.fillna("") != ""].value_counts()
+    letters = series.orientation.mask(series.orientation == "").value_counts()
     fig = Paper(11.5, 2.8)
     axes = fig.subplots(1, panels.shape[1] + (len(letters) > 0), squeeze=False)[0]
     for ax, (label, values) in zip(axes, panels.items()):

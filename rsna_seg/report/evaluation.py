@@ -243,7 +243,8 @@ def case_section(
     caption: str,
 ) -> Section:
     "A foldable part about one volume."
-    reasons = pd.DataFrame({column: notes.fillna("").to_numpy() for column in table}, table.index)
+    texts = notes.astype(object).fillna("").to_numpy()
+    reasons = pd.DataFrame({column: texts for column in table}, table.index)
     name = f"atient {case.patient}, series {case.series}"
     return Section(
         f"P{name}", table=table.rename(index=NAMES), digits=2, absent=reasons, image=image,
