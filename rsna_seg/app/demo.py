@@ -161,7 +161,7 @@ def _make_example(folder):
     write_kaggle(folder / "unseen", patients=3, seed=1, first_id=20000, **scans)
     prepare(folder / "kaggle", folder / "data", config=PrepareConfig(size=96, jobs=1))
     settings = TrainConfig(
-        size=96, batch_size=8, accumulation=1, epochs=6, lr=3e-3, encoder_weights="none",
+        size=96, batch_size=4, accumulation=1, epochs=5, lr=2e-3, encoder_weights="none",
         augment=_AUGMENT, mixed_precision="no", workers=0,
     )  # fmt: skip
     train(folder / "data", folder / "run", settings)
