@@ -77,7 +77,7 @@ class _JudgedSlices(SliceDataset):
             num_workers=min(workers, cores()), pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
-
+# %% ../nbs/05_evaluate.ipynb #dff129c7
 def _batches(index, batch_size):
     return np.split(index, range(batch_size, len(index), batch_size))
 
@@ -112,7 +112,7 @@ def _judge_part(judge, model, card, data, split, batch_size, workers, device):
 def _same_data(card, data):
     return bool(card.dataset) and card.dataset == data.info["fingerprint"]
 
-
+# %% ../nbs/05_evaluate.ipynb #a78f9bc6
 def _seen(card, folder, rows):
     "A sentence if patients that are judged were in the checkpoint's training."
     if not _same_data(card, open_data(folder)):
@@ -122,7 +122,7 @@ def _seen(card, folder, rows):
     return [f"{len(seen)} of the {judged} patients were in the training of this checkpoint:"
             " these scores are no test of it."] if seen else []  # fmt: skip
 
-
+# %% ../nbs/05_evaluate.ipynb #6201dfe9
 def _models(checkpoint):
     "The checkpoints that are meant: one file, a run's best, or those of a folder of runs."
     checkpoint = Path(checkpoint)
@@ -137,7 +137,7 @@ def _models(checkpoint):
         )
     return [open_run(run).checkpoint for run in runs]
 
-
+# %% ../nbs/05_evaluate.ipynb #859e920c
 def _check_folds(models, cards, data):
     "Raises `ConfigError` unless each of several checkpoints has a fold of this data for itself."
     folds = [card.config.get("fold") for card in cards]
@@ -150,7 +150,7 @@ def _check_folds(models, cards, data):
         if folds.count(fold) > 1:
             raise ConfigError(f"{path} is one of several runs with --fold {fold}; leave one.")
 
-
+# %% ../nbs/05_evaluate.ipynb #01cd4327
 def _about(path, card):
     "What a checkpoint is, for the result."
     return {"checkpoint": str(path), "sha256": file_sha256(path), "dataset": card.dataset,
@@ -164,13 +164,13 @@ def _check_window(card, info, path, data):
             f" {card.level:g}/{card.width:g}; prepare the data with the same window."
         )
 
-
+# %% ../nbs/05_evaluate.ipynb #dbc12afa
 def _part_name(split, fold):
     if fold is None:
         return f"the split “{split}”"
     return f"fold {fold}" if split == "valid" else f"all folds but {fold}"
 
-
+# %% ../nbs/05_evaluate.ipynb #5dd92c6a
 def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, tolerance, pictures):
     "Judges one checkpoint on a part of a dataset folder, or each of several on its own fold."
     models, data = _models(checkpoint), open_data(folder)
@@ -208,7 +208,7 @@ def _volume(judge, case, scan, truth):
     organ_pixels = np.array([np.count_nonzero(plane) for plane in truth])
     return judge.volume(case.patient, case.series, spacing, slices_to_show(organ_pixels))
 
-
+# %% ../nbs/05_evaluate.ipynb #fb19ba68
 def _labelled_only(mask, judge):
     "Takes other organs out of the mask, slice by slice: a long scan has no room for a second one."
     table = only(judge.labelled)
@@ -216,7 +216,7 @@ def _labelled_only(mask, judge):
         plane[...] = table[plane]
     return mask
 
-
+# %% ../nbs/05_evaluate.ipynb #558cc0b2
 def _judge_scan(judge, case, engine, card, batch_size):
     "Judges a scan with its mask."
     scan = read_scan(case.scan, case.files)
@@ -229,7 +229,7 @@ def _judge_scan(judge, case, engine, card, batch_size):
             classes = torch.from_numpy(truth[z]).to(logits.device)
             _take(judged, z, from_square(logits, *shape), classes, grey)
 
-
+# %% ../nbs/05_evaluate.ipynb #05cd4f18
 def _each(judge, cases, unit, judge_case):
     "Judges all cases; one that is broken is noted, the others go on."
     for case in tqdm(cases, desc="judge", unit=unit):
@@ -238,7 +238,7 @@ def _each(judge, cases, unit, judge_case):
         except RsnaSegError as error:
             judge.skip(case.patient, case.series, error)
 
-
+# %% ../nbs/05_evaluate.ipynb #742a5fc9
 _UNKNOWN = "Scans do not tell whether their patients were in the training: make sure they were not."
 
 
