@@ -144,13 +144,16 @@ class Example:
     unseen: Path  # three patients with masks, as DICOM and NIfTI in the layout of Kaggle's folder
 
 # %% ../../nbs/app/02_demo.ipynb #017a7f2c
-_MAKERS = "files.py ct/*.py augment.py data.py model.py train.py training/loop.py app/demo.py"
+_MAKERS = (
+    "files.py", "ct/*.py", "scoring/metrics.py", "training/*.py", "augment.py", "data.py",
+    "model.py", "train.py", "app/demo.py",
+)  # fmt: skip
 
 
 def _code_key():
     "Changes with the code that makes the example."
     package = Path(rsna_seg.__file__).parent
-    files = sorted(path for pattern in _MAKERS.split() for path in package.glob(pattern))
+    files = sorted(path for pattern in _MAKERS for path in package.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 # %% ../../nbs/app/02_demo.ipynb #ca184715
