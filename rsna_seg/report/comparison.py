@@ -32,11 +32,8 @@ def differences_figure(
     pairs = pairs.rename(columns=columns)
     rows = result.tables[metric].iterrows()
     intervals = {key: (row.difference, row.low, row.high) for key, row in rows}
-    fig = paired_differences(pairs, intervals, result.names, METRICS[metric].name)
-    if METRICS[metric].better == "smaller":  # then the better model's dots are left of the line
-        fig.axes[0].set_title(f"← {result.names[1]} better", loc="left", fontsize=10)
-        fig.axes[0].set_title(f"{result.names[0]} better →", loc="right", fontsize=10)
-    return fig
+    about = METRICS[metric]
+    return paired_differences(pairs, intervals, result.names, about.name, about.better)
 
 # %% ../../nbs/report/05_comparison.ipynb #9d1b0413
 def _sentences(result):

@@ -380,7 +380,8 @@ def paired_differences(
     table: pd.DataFrame,  # a row a patient and organ; columns organ (key), a, b (NaN: none)
     intervals: dict,  # organ key: (mean of b - a, low, high), NaN where there is none
     names: tuple = ("A", "B"),  # of the two models
-    label: str = "Dice",  # what a and b are; more is better
+    label: str = "Dice",  # what a and b are
+    better: str = "larger",  # or "smaller": which of them is
 ) -> Paper:
     "By organ what each patient gained from the second model, and the mean with its interval."
     text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean with its 95 % interval"
@@ -393,6 +394,7 @@ def paired_differences(
         ax.plot(mean, i, "D", color="black", markersize=8, markeredgecolor="white", zorder=5)
     most = np.abs(ax.get_xlim()).max()
     ax.set_xlim(-most, most)
-    ax.set_title(f"← {names[0]} better", loc="left", fontsize=10)
-    ax.set_title(f"{names[1]} better →", loc="right", fontsize=10)
+    left, right = names[::-1] if better == "smaller" else names
+    ax.set_title(f"← {left} better", loc="left", fontsize=10)
+    ax.set_title(f"{right} better →", loc="right", fontsize=10)
     return fig
