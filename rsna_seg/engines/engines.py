@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'TorchEngine', 'read_graph', 'graph_inputs', 'OnnxEngine', 'OpenvinoEngine', 'Engine', 'engine_device',
-           'make_engine', 'measure_engine', 'pick_engine', 'logits_to_classes']
+           'idle_gpu', 'make_engine', 'measure_engine', 'pick_engine', 'logits_to_classes']
 
 # %% ../../nbs/engines/01_engines.ipynb #c089c3e1
+import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from timeit import repeat
 
@@ -154,6 +157,23 @@ def engine_device(
     else:
         return device
     raise ConfigError(why)
+
+# %% ../../nbs/engines/01_engines.ipynb #a1d1e69f
+@cache
+def idle_gpu() -> list[str]:
+    "A note if this computer has an NVIDIA GPU that PyTorch cannot use."
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    try:
+        command = ["nvidia-smi", "-L"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):  # no such program, or no answer
+        said = "GPU 0: an NVIDIA GPU (" * Path("/proc/driver/nvidia/gpus").exists()
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    why = f"PyTorch {torch.__version__} is built {built}, which its driver does not run"
+    get = "install the PyTorch of https://pytorch.org/get-started that fits the driver"
+    names = re.findall(r"GPU 0: (.+?) \(", said)
+    return [f"{name} is here and is not used: {why}; {get}." for name in names]
 
 # %% ../../nbs/engines/01_engines.ipynb #962acea7
 def make_engine(

@@ -1,0 +1,223 @@
+"""What a GPU would be given to do: the real step and the real evaluation on tensors that only pretend to be on one.
+
+Fake tensors have shape, type, place and memory format but no numbers. So they show which layer computes in which precision,
+what is copied between processor and GPU, and how many bytes move, on a machine without CUDA.
+"""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rsna_seg.training.loop
+from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
+from rsna_seg.data import StepSampler
+from rsna_seg.files import ConfigError
+from rsna_seg.model import SegLoss, as_input, build_model
+from rsna_seg.scoring.metrics import Confusion
+from rsna_seg.training.loop import add_gradients, exempt_upsampling, make_loop, make_step, start_accelerator, valid_epoch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends CUDA where there is none")
+
+BATCH, SIZE = 4, 256
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::is_nonzero")
+HALF = ("torch.float16", "channels_last")
+
+
+class Card:
+    "The properties of a GPU."
+
+    def __init__(self, name, major):
+        self.name, self.major, self.minor, self.total_memory = name, major, 0, 16e9
+
+
+A100, T4 = Card("NVIDIA A100", 8), Card("Tesla T4", 7)
+
+
+@pytest.fixture
+def insert(monkeypatch):
+    "A function that puts a card into this computer."
+
+    def insert(card):
+        torch._C._ensureCUDADeviceGuardSet()
+        answers = {
+            "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_properties": card,
+            "get_device_name": card.name, "get_device_capability": (card.major, card.minor), "device": contextlib.nullcontext(),
+            "set_device": None, "_lazy_init": None, "_check_bf16_tensor_supported": True,
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+
+    return insert
+
+
+class Watched(TorchDispatchMode):
+    "Notes operations that wait for the GPU, copies between it and the processor, bytes that move, and the most that are held."
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.copies, self.moved, self.held, self.peak, self.storages = [], [], 0, 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, operation._schema.name
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if name in WAITS and any(t.device.type == "cuda" for t in given):
+            self.waits.append(name)
+        if name == "aten::_local_scalar_dense":
+            return 1.0  # a fake tensor has no numbers
+        out = operation(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if name in ("aten::_to_copy", "aten::copy_") and given[-1].device != made[0].device:
+            queued = kwargs.get("non_blocking") or args[-1] is True
+            self.copies.append((given[-1].device.type, made[0].device.type, "queued" if queued else "blocking"))
+        self._hold(made)
+        views = any(argument.alias_info and not argument.alias_info.is_write for argument in operation._schema.arguments)
+        if not views and not name.startswith(("prim::", "aten::empty")):
+            self.moved += sum(min(t.untyped_storage().nbytes(), t.numel() * t.element_size()) for t in (*given, *made))
+        return out
+
+    def _hold(self, made):
+        for storage in (t.untyped_storage() for t in made):
+            if storage not in self.storages:
+                self.storages.add(storage)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+
+    def _free(self, nbytes):
+        self.held -= nbytes
+
+
+def faked(module, device="cuda"):
+    "The module with weights that have no numbers."
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+    return module
+
+
+def pixels(count=1, batch=BATCH, size=SIZE):
+    "Batches of images and masks, in the processor's memory."
+    return [tuple(torch.empty(batch, size, size, dtype=torch.uint8) for _ in range(2)) for _ in range(count)]
+
+
+@pytest.fixture
+def fake_loop(insert, monkeypatch):
+    "A function that makes the loop of a training on an A100."
+    network = build_model(encoder_weights="none")
+
+    def make(**settings):
+        insert(A100)
+        accelerator = start_accelerator()
+        accelerator.device_placement = False  # `Module.to` does not know fake tensors
+        loop = make_loop(accelerator, network, SegLoss(), ALL_ORGANS, 1e-3, 100, **settings)
+        loop.scaled = set()
+
+        def backward(loss):  # autograd has no thread for a GPU that is not there
+            loop.scaled.add(accelerator.scaler.scale(loss).dtype)
+            for weight in loop.network.parameters():
+                weight.grad = torch.empty_like(weight)
+
+        monkeypatch.setattr(accelerator, "backward", backward)
+        return loop
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        faked(network)
+        yield make
+
+
+@contextlib.contextmanager
+def layers():
+    "Number format and memory format of what the network's layers give out, and the number format of the loss."
+    network, loss = set(), set()
+
+    def note(layer, given, out):
+        if isinstance(layer, SegLoss):
+            loss.add(out.dtype)
+        elif isinstance(out, torch.Tensor) and not list(layer.children()):
+            last = out.is_contiguous(memory_format=torch.channels_last)
+            network.add((str(out.dtype), "channels_last" if last else "other"))
+
+    hook = register_module_forward_hook(note)
+    yield network, loss
+    hook.remove()
+
+
+def test_a_step_computes_in_half_precision_and_waits_once(fake_loop):
+    "The network in float16 and channels_last, the loss in float32; only the end of a step asks the GPU for a number."
+    loop = fake_loop(clip=1.0)
+    with layers() as (network, loss_types), Watched() as watched:
+        loss, counts = add_gradients(loop, iter(pixels(3)), [0.4, 0.4, 0.2])
+    assert network == {HALF} and loss_types == loop.scaled == {torch.float32}
+    assert watched.copies == 6 * [("cpu", "cuda", "queued")] and watched.waits == []
+    assert loss.device.type == counts.device.type == "cuda"
+    before = [buffer.clone() for buffer in loop.statistics]
+    with Watched() as watched:
+        assert make_step(loop, loss, before)
+    assert watched.waits == ["aten::_local_scalar_dense"] and watched.copies == []
+    moments = loop.optimizer.optimizer.state[next(loop.network.parameters())]
+    assert {(value.device.type, value.dtype) for value in moments.values()} == {("cuda", torch.float32)}
+
+
+def test_validation_waits_at_its_end_only(fake_loop, monkeypatch):
+    class Loader(list):
+        batch_sampler = StepSampler(2 * BATCH, BATCH)
+
+    loop, waited = fake_loop(), []
+    monkeypatch.setattr(Confusion, "matrix", lambda _: waited.extend(watched.waits))
+    monkeypatch.setattr(rsna_seg.training.loop, "merge_unlabelled", lambda *_: None)
+    with layers() as (network, loss_types), Watched() as watched:
+        valid_epoch(loop, Loader(pixels(2)))
+    assert waited == [] and watched.copies == 4 * [("cpu", "cuda", "queued")]
+    assert network == {HALF} and loss_types == {torch.float32}
+
+
+def test_the_loss_moves_fewer_bytes_than_smps():
+    def moved(loss):
+        with FakeTensorMode():
+            logits = torch.empty(BATCH, len(CLASSES), SIZE, SIZE).to(memory_format=torch.channels_last).requires_grad_()
+            masks = torch.empty(BATCH, SIZE, SIZE, dtype=torch.uint8)
+            with Watched() as watched:
+                torch.autograd.grad(loss(logits, masks), logits)
+        return watched.moved
+
+    dice, focal = DiceLoss("multiclass"), FocalLoss("multiclass")
+    ours, smps = moved(SegLoss()), moved(lambda logits, masks: dice(logits, masks.long()) / 2 + focal(logits, masks.long()) / 2)
+    print(f"ours {ours / 1e6:.0f} MB, smp's {smps / 1e6:.0f} MB")
+    assert ours < 0.65 * smps
+
+
+@pytest.mark.parametrize("precision, gigabytes", [("fp16", 2.2), ("no", 3.8)])
+def test_bytes_and_memory_of_a_slice(precision, gigabytes):
+    "Forward and backward; autograd runs for a processor, whose autocast leaves upsampling as it is."
+    network = build_model(encoder_weights="none").train()
+    exempt_upsampling(network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        faked(network, "cpu")
+        [(images, masks)] = pixels(size=512)
+        with Watched() as watched:
+            with torch.autocast("cpu", torch.float16, enabled=precision != "no"):
+                logits = network(as_input(images))
+            SegLoss()(logits, masks).backward()
+    print(f"{precision}: {watched.moved / BATCH / 1e9:.2f} GB moved for a slice, {watched.peak / BATCH / 1e9:.3f} GB held")
+    assert watched.moved / BATCH < gigabytes * 1e9
+
+
+def test_a_card_without_bfloat16_is_not_given_it(insert):
+    insert(T4)
+    with pytest.raises(ConfigError, match="^Tesla T4 has no bfloat16 of its own; use --mixed-precision auto.$"):
+        start_accelerator("bf16")
+    assert start_accelerator("auto").mixed_precision == "fp16"
+    insert(A100)
+    assert start_accelerator("bf16").mixed_precision == "bf16"
