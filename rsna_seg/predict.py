@@ -34,7 +34,7 @@ from .ct.nifti import save_nifti
 from .ct.organs import CLASSES, ORGAN, ORGANS, palette
 from .ct.scan import Scan, window
 from .engines.engines import ENGINES, make_engine, pick_engine
-from .engines.graph import grow_box, missing_packages
+from .engines.graph import missing_packages
 from rsna_seg.engines.slices import (
     box_on_square, classes_on_scan, from_square, mean_logits, on_scan, squares_of,
 )  # fmt: skip
@@ -52,7 +52,7 @@ def plan_work(
         return (0, card.size, 0, card.size), np.arange(len(scan.hu))
     body = find_body(scan.hu, card.level - card.width / 2)
     box = box_on_square(body.box, *scan.hu.shape[1:], card.size)
-    return grow_box(box, card.size), np.flatnonzero(body.slices)
+    return box, np.flatnonzero(body.slices)
 
 # %% ../nbs/06_predict.ipynb #5c162f17
 @dataclass(frozen=True, eq=False)

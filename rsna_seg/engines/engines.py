@@ -63,7 +63,7 @@ class TorchEngine:
     def __call__(
         self,
         images: torch.Tensor,  # uint8, windowed, (batch, row, col), or (batch, 3, row, col)
-        box: tuple | None = None,  # from `grow_box`; None: the whole frame
+        box: tuple | None = None,  # on the frame, pixels; None: the whole frame
     ) -> torch.Tensor:  # (batch, classes, rows of the box, columns of the box), any float type
         "Logits of the box."
         images = as_input(images.to(self.device, non_blocking=True))
