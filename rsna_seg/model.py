@@ -158,9 +158,7 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/02_model.ipynb #9b591444
-def has_bf16(
-    device: str | torch.device = "cpu",  # or "cuda", "cuda:1" ...
-) -> bool:
+def has_bf16(device: str | torch.device = "cpu") -> bool:
     "Whether the device multiplies bfloat16 by itself; GPUs before Ampere only imitate it."
     if torch.device(device).type == "cpu":
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
@@ -238,9 +236,7 @@ class SegLoss(nn.Module):
         return self.dice * dice + self.focal * focal
 
 # %% ../nbs/02_model.ipynb #052f3206
-def file_sha256(
-    path: str | Path,
-) -> str:
+def file_sha256(path: str | Path) -> str:
     "SHA-256 of a file as hexadecimal digits: which weights these are."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

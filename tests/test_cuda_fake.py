@@ -22,7 +22,7 @@ from rsna_seg.data import StepSampler
 from rsna_seg.files import ConfigError
 from rsna_seg.model import SegLoss, as_input, build_model
 from rsna_seg.scoring.metrics import Confusion
-from rsna_seg.training.loop import add_gradients, exempt_upsampling, make_loop, make_step, start_accelerator, valid_epoch
+from rsna_seg.training.loop import adapt_autocast, add_gradients, make_loop, make_step, start_accelerator, valid_epoch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends CUDA where there is none")
 
@@ -50,7 +50,7 @@ def insert(monkeypatch):
         answers = {
             "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_properties": card,
             "get_device_name": card.name, "get_device_capability": (card.major, card.minor), "device": contextlib.nullcontext(),
-            "set_device": None, "_lazy_init": None, "_check_bf16_tensor_supported": True,
+            "set_device": None, "_lazy_init": None, "reset_peak_memory_stats": None, "_check_bf16_tensor_supported": True,
         }  # fmt: skip
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -202,7 +202,7 @@ def test_the_loss_moves_fewer_bytes_than_smps():
 def test_bytes_and_memory_of_a_slice(precision, gigabytes):
     "Forward and backward; autograd runs for a processor, whose autocast leaves upsampling as it is."
     network = build_model(encoder_weights="none").train()
-    exempt_upsampling(network)
+    adapt_autocast(network, depthwise=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         faked(network, "cpu")
         [(images, masks)] = pixels(size=512)

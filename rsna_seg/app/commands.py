@@ -7,6 +7,7 @@ __all__ = ['parse', 'Demo', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate
 
 # %% ../../nbs/app/01_commands.ipynb #f8be9fce
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,11 @@ from .many import Job, predict_many
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
-from ..ct.scan import to_square, window
 from ..ct.series import list_series
 from ..data import PrepareConfig, prepare
 from ..engines.engines import forget_engines
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
+from ..engines.slices import squares_of
 from ..evaluate import evaluate, score_masks
 from ..files import ConfigError
 from ..finetune import FinetuneConfig, finetune
@@ -111,6 +112,8 @@ class Inspect:
 # %% ../../nbs/app/01_commands.ipynb #a74722db
 def _print_plan(command):
     "What a run would do, and whether it would go on from an earlier one."
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(plan_run(command.data, command.config))
     if (command.out / "history.csv").exists():
         done = len(open_run(command.out).history)
@@ -120,9 +123,12 @@ def _print_plan(command):
 def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
     if os.environ.get("RANK", "0") == "0":
-        save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-        best = f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}"
-        print(f"{best}: {run.checkpoint}")
+        if len(run.history):
+            save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
+            best = f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}"
+            print(f"{best}: {run.checkpoint}")
+        if not run.finished:
+            print("time is up; to go on:", shlex.join(["rsna_seg", *sys.argv[1:]]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -299,11 +305,8 @@ class Predict:
 def _network_slices(path, card, count=8):
     "Some slices of a scan, spread evenly, as the network is given them."
     with opened(path, level=card.level, width=card.width) as scan:
-        grey = [to_square(window(hu, card.level, card.width), card.size) for hu in scan.hu]
-    chosen = np.linspace(0, len(grey) - 1, min(count, len(grey))).round().astype(int)
-    if card.channels == "neighbours":
-        chosen = np.clip(chosen[:, None] + [-1, 0, 1], 0, len(grey) - 1)
-    return np.stack(grey)[chosen]
+        chosen = np.linspace(0, len(scan.hu) - 1, min(count, len(scan.hu))).round().astype(int)
+        return squares_of(scan.hu, chosen, card).numpy()
 
 # %% ../../nbs/app/01_commands.ipynb #617b587d
 _FORMATS = (*FORMATS, "huggingface")

@@ -22,10 +22,7 @@ from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, PAIRS, in_words
 class Confusion:
     "A confusion matrix of pixels, for as many batches as there are."
 
-    def __init__(
-        self,
-        device: torch.device | str = "cpu",  # of the pixels
-    ):
+    def __init__(self, device: torch.device | str = "cpu"):
         places = len(CLASSES) ** 2 + 1  # the last counts what is no class
         self.counts = torch.zeros(places, dtype=torch.int64, device=device)
 
