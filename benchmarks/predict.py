@@ -25,7 +25,7 @@ from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.engines.graph import export_onnx
-from rsna_seg.model import ENCODER, Card, has_bf16, load_checkpoint, read_card, save_checkpoint
+from rsna_seg.model import ENCODER, Card, has_bf16, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor, plan_work, save_segmentation
 
 SIZE, BATCH, ROUNDS = 512, 4, 3
@@ -148,7 +148,7 @@ def agreement(a, b):
 def about(name, series, limit, speed, checkpoint):
     "Prints seconds a scan, what is left out of it, and the share of the processor's limit."
     scan = read_scan(series)
-    box, ranks = plan_work(scan, read_card(checkpoint))
+    box, ranks = plan_work(scan(checkpoint))
     print(f"{name}: {len(scan.hu)} slices, {len(scan.hu) / speed:.1f} s a scan; decoder on {(box[1] - box[0]) * (box[3] - box[2]) / SIZE**2:.0%}"
           f" of the frame, {len(ranks)} slices; {speed * gflop_of_a_slice() / limit:.0%} of the measured {NUMBERS} matrix-product limit"
           f" ({limit:.0f} GFLOP/s), counting whole frames")  # fmt: skip

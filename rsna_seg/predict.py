@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -85,10 +85,10 @@ class Segmentation:
 
     @property
     def notes(self):
-        "Sentences: what is unusual about the scan, and which organs were not looked for."
+        "Sentences: what is unusual about scan and checkpoint, which organs were not looked for."
         others = ", ".join(o.name.lower() for o in ORGANS if o.key not in self.card.labelled)
         never = f"Not looked for, since the network was never taught them: {others}."
-        return [*self.scan.notes, *([never] if others else [])]
+        return [*self.scan.notes, *self.card.notes, *([never] if others else [])]
 
     def grey(self):
         "The scan through the network's window, uint8, (z, row, col)."
@@ -181,7 +181,7 @@ def shared_card(
             if one != other:
                 what = f"{path} and {paths[0]} differ in {name} ({one} and {other})"
                 raise ConfigError(f"{what}: their answers cannot be averaged.")
-    return cards[0]
+    return replace(cards[0], notes=[note for card in cards for note in card.notes])
 
 # %% ../nbs/06_predict.ipynb #990540d0
 class Predictor:
