@@ -35,16 +35,12 @@ ENCODER = "tu-tf_mobilenetv3_large_100"
 _SAME_ENCODER = (ENCODER, "timm-mobilenetv3_large_100")
 
 
-def check_encoder(
-    name: str,  # as users know it
-) -> str:
+def check_encoder(name: str) -> str:
     "The encoder's name in this project; raises `ConfigError` for any other network."
-    if name in _SAME_ENCODER:
-        return ENCODER
-    why = "is not known here"
-    if name == "tu-mobilenetv3_large_100":
-        why = f"has the weight names of {ENCODER} but other padding and BatchNorm"
-    raise ConfigError(f"The encoder {name} {why}; use {' or '.join(_SAME_ENCODER)}.")
+    if name not in _SAME_ENCODER:
+        trap = "even tu-mobilenetv3_large_100, with the same weight names, has other padding"
+        raise ConfigError(f"The encoder {name} is none of {', '.join(_SAME_ENCODER)}; {trap}.")
+    return ENCODER
 
 # %% ../nbs/02_model.ipynb #07fc16af
 _HUB = "timm/tf_mobilenetv3_large_100.in1k"
@@ -152,10 +148,8 @@ def _load_weights(network, path, tensors, extra=False):
             shape, fitting = tuple(picked[key].shape), tuple(value.shape)
             raise ConfigError(f"{start} {key} is {shape}, not {fitting}.")
     if others and not extra:
-        raise ConfigError(
-            f"{start} it has no {', '.join(others[:3])}; if that takes part in the answer,"
-            " this is another network, and if not, save it without."
-        )
+        what = f"it has no {', '.join(others[:3])}; if that takes part in the answer"
+        raise ConfigError(f"{start} {what}, this is another network, else save it without.")
     if not all(value.isfinite().all() for value in picked.values()):
         what = "holds NaN or infinity: its weights have diverged"
         raise ConfigError(f"{path} {what}; take the checkpoint of an earlier epoch.")
@@ -214,13 +208,6 @@ def marginal_logits(
     logits[:, 0] = background
     return logits
 
-# %% ../nbs/02_model.ipynb #c8e0f0fe
-def _image_dice(logits, masks):
-    "smp's Dice loss of each image by itself, averaged."
-    from segmentation_models_pytorch.losses import DiceLoss
-
-    return torch.func.vmap(DiceLoss("multiclass"))(logits.unsqueeze(1), masks.unsqueeze(1)).mean()
-
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
     "Weighted sum of smp's Dice and focal loss over the background and the labelled organs."
@@ -237,7 +224,10 @@ class SegLoss(nn.Module):
         super().__init__()
         self.dice, self.focal, self.labelled = dice, focal, labelled
         self.kept = [c.id for c in CLASSES if c.key in ("background", *labelled)]
-        self.dice_loss = {"batch": DiceLoss("multiclass"), "image": _image_dice}[dice_over]
+        over_batch = DiceLoss("multiclass")
+        over_images = torch.func.vmap(lambda x, y: over_batch(x[None], y[None]))
+        each = {"batch": over_batch, "image": lambda x, y: over_images(x, y).mean()}
+        self.dice_loss = each[dice_over]
         self.focal_loss = FocalLoss("multiclass")
 
     def forward(
@@ -254,9 +244,7 @@ class SegLoss(nn.Module):
         return self.dice * dice + self.focal * focal
 
 # %% ../nbs/02_model.ipynb #052f3206
-def file_sha256(
-    path: str | Path,
-) -> str:
+def file_sha256(path: str | Path) -> str:
     "SHA-256 of a file as hexadecimal digits: which weights these are."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
