@@ -39,8 +39,7 @@ SENTENCES = {
     " whole series.",
     "short_scan": "The scan covers {mm:.0f} mm along the body, less than {least}: no organ can be"
     " whole in it; use the whole series.",
-    "not_axial": "The scan was not cut straight across the body ({why}), which the network never"
-    " saw; use the axial series.",
+    "not_axial": "{what}, which the network never saw; use an axial series with square pixels.",
     "spacing": "{what}: trust the mask less, or use another reconstruction.",
     "no_spacing": "How far slices, rows and columns are apart is not known, so that nothing could"
     " be measured in mm or ml; give their spacing.",
@@ -276,10 +275,11 @@ def _direction(scan):
     lean = np.degrees(np.arccos(np.clip(abs(normal[2]), 0, 1)))
     along = bool(scan.source.files) and orient.io_orientation(scan.source.affine)[2, 0] != 2
     if lean > _OBLIQUE_DEG:
-        yield _finding("not_axial", why=f"its slices lean by {lean:.0f} degrees")
+        yield _finding("not_axial", what=f"The slices lean by {lean:.0f} degrees")
     elif along or max(row, col) > 1.1 * min(row, col):
-        pixels = f"its pixels across the body are {row:.2f} x {col:.2f} mm"
-        yield _finding("not_axial", why=pixels)
+        pixels = f"The pixels of a slice are {row:.2f} x {col:.2f} mm, not square"
+        along_body = "The slices were cut along the body, not across it"
+        yield _finding("not_axial", what=along_body if along else pixels)
 
 # %% ../../nbs/anatomy/01_checks.ipynb #805619a0
 _SPACING = (0.0, 10.0), (0.3, 1.5), (0.3, 1.5)  # mm along z, row, col
