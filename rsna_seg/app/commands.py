@@ -290,7 +290,8 @@ class Predict:
 
     def run(self):
         if self.list_series:
-            return print(list_series(self.scan).to_string(index=False))
+            table = list_series(self.scan)
+            return print(table.to_string(index=False), *table.attrs["notes"], sep="\n")
         if self.measure_again:
             forget_engines()
         if self.series is None and not is_one_scan(self.scan):
