@@ -164,12 +164,6 @@ def _check_window(card, info, path, data):
             f" {card.level:g}/{card.width:g}; prepare the data with the same window."
         )
 
-# %% ../nbs/05_evaluate.ipynb #dbc12afa
-def _part_name(split, fold):
-    if fold is None:
-        return f"the split “{split}”"
-    return f"fold {fold}" if split == "valid" else f"all folds but {fold}"
-
 # %% ../nbs/05_evaluate.ipynb #5dd92c6a
 def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, tolerance, pictures):
     "Judges one checkpoint on a part of a dataset folder, or each of several on its own fold."
@@ -181,15 +175,16 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
                               " leave out --fold and --split.")  # fmt: skip
         _check_folds(models, [card for *_, card in loaded], data)
     judge = Judge(data.info["labelled"], tolerance, draw=case_drawer(pictures))
-    notes, parts = [] if device else idle_gpu(), []
+    notes, parts = idle_gpu(), []
     for path, model, card in loaded:
         _check_window(card, data.info, path, data.folder)
         judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
         part = open_data(folder, judged_fold)
         engine = make_engine("torch", model, card.size, device)
         _judge_part(judge, engine, card, part, split, batch_size, workers)
-        notes += _seen(card, folder, part.part(split))
-        parts.append(_part_name(split, judged_fold))
+        notes += [*card.notes, *_seen(card, folder, part.part(split))]
+        fold_name = f"fold {judged_fold}" if split == "valid" else f"all folds but {judged_fold}"
+        parts.append(f"the split “{split}”" if judged_fold is None else fold_name)
     size = data.info["size"]
     shrunk = data.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
     if shrunk.any():
@@ -258,11 +253,10 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
     judge = Judge(scans.labelled, tolerance, draw=case_drawer(pictures))
     with_mask = [case for case in scans.cases if case.masks]
     _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
-    note = [] if device else idle_gpu()
     data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None,
             "precision": engine.precision}  # fmt: skip
     about = {"models": [_about(models[0], card)], "part": "all scans",
-             "notes": [*scans.notes, _UNKNOWN, *note], "data": data}  # fmt: skip
+             "notes": [*scans.notes, *card.notes, _UNKNOWN, *idle_gpu()], "data": data}  # fmt: skip
     return judge.result(about, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #dfeed392
@@ -280,7 +274,7 @@ def evaluate(
     pictures: str | Path | None = None,  # folder to draw each volume into
 ) -> Evaluation:
     "Scores a model on volumes; broken ones are left out. Raises `DataError` or `ConfigError`."
-    device, data = device or ("cuda" if torch.cuda.is_available() else None), Path(data)
+    device, data = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(data)
     pictures = Path(pictures) if pictures else None
     is_dataset = (data / "manifest.csv").exists() or data.name.endswith(".unfinished")
     if is_dataset or not data.exists():

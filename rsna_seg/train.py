@@ -8,6 +8,7 @@ __all__ = ['FitConfig', 'TrainConfig', 'Run', 'open_run', 'fit', 'open_for_train
 
 # %% ../nbs/03_train.ipynb #1cb50726
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from timeit import timeit
 from typing import Literal
 
 import pandas as pd
@@ -176,12 +178,12 @@ def _keep(out, loop, data, config, history):
         pd.DataFrame(history).to_csv(part, index=False)
     *before, row = history
     if all(row["valid_dice"] > other["valid_dice"] for other in before):
-        spacing = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
-        scores = {k: v for k, v in row.items() if k.startswith("valid_") and not math.isnan(v)}
+        mm = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
+        mm = mm.dropna() * [1, *2 * [data.info["size"] / config.size]]  # of the network's pixels
         card = Card(
-            config.size, data.info["level"], data.info["width"], channels=config.channels,
-            labelled=loop.taught, config=asdict(config), dataset=data.info["fingerprint"],
-            metrics=scores, spacing=spacing.round(4).dropna().to_numpy().tolist(),
+            config.size, data.info["level"], data.info["width"], dataset=data.info["fingerprint"],
+            channels=config.channels, labelled=loop.taught, spacing=mm.round(4).values.tolist(),
+            config=asdict(config), metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
         )  # fmt: skip
         with writing(out):
             save_checkpoint(loop.judged, out / config.checkpoint, card)
@@ -247,8 +249,7 @@ def _train_one(loop, loader, tally, bar, config, save, begun):
         if now - saved >= 60 * config.save_minutes:
             save(tally)
             saved = now
-        hours = (now - begun) / 3600
-        if config.max_hours and any(gather_object([hours >= config.max_hours])):
+        if config.max_hours and any(gather_object([now - begun >= 3600 * config.max_hours])):
             save(tally)
             return True
         start = now
@@ -317,9 +318,8 @@ def fit(
         except RuntimeError as error:
             if not should_reduce_batch_size(error) and "32BitIndex" not in str(error):
                 raise
-            gpu = accelerator.device if accelerator.device.type == "cuda" else None
-            memory = torch.cuda.mem_get_info(gpu)[1] / 1e9 if gpu else math.inf
-            smaller = fitting_batch(config, used["precision"], memory)
+            memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
+            smaller = fitting_batch(config, used["precision"], memory / 1e9)
             what = f"A batch of {used['batch_size']} slices is too large for the memory"
             raise TrainingError(f"{what}: {smaller} makes the same steps.") from error
         except TrainingError as error:
@@ -379,10 +379,8 @@ def plan_run(folder: str | Path, config: FitConfig) -> Plan:
     where = trial["device"], trial["precision"], int(os.environ.get("WORLD_SIZE", 1))
     used = used_settings(config, len(rows["training"]), cores(), *where)
     used["notes"] += idle_gpu()
-    dataset, start = _slices(data, config), time.perf_counter()
-    for i in range(16):
-        dataset[i % len(dataset)]
-    load_seconds = (time.perf_counter() - start) / 16
+    dataset, indices = _slices(data, config), itertools.count()
+    load_seconds = timeit(lambda: dataset[next(indices) % len(dataset)], number=16) / 16
     plan = make_plan(config, used, trial, [len(table) for table in rows.values()], load_seconds)
     unlike = [f"{name} {value} ({usual})" for name, (value, usual) in unlike_recipe(config).items()]
     count = "{:,} slices of {} series of {} patients".format

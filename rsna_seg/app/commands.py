@@ -268,6 +268,8 @@ def _predict_scans(command):
     out = command.out
     checkpoints = tuple(str(path) for path in (command.checkpoint, *command.also))
     job = Job(checkpoints, str(out), command.config, command.outputs, command.probabilities)
+    cards = [load_checkpoint(path)[1] for path in checkpoints]
+    print("".join(f"{note}\n" for card in cards for note in card.notes), end="")
     volumes, findings, failed = predict_many(job, command.scan, command.jobs)
     scans = volumes.scan.nunique() if len(volumes) else 0
     print(f"{scans} scans segmented, {len(failed)} left out: {out / 'volumes.csv'}")
@@ -294,7 +296,8 @@ class Predict:
 
     def run(self):
         if self.list_series:
-            return print(list_series(self.scan).to_string(index=False))
+            table = list_series(self.scan)
+            return print(table.to_string(index=False), *table.attrs["notes"], sep="\n")
         if self.measure_again:
             forget_engines()
         if self.series is None and not is_one_scan(self.scan):
@@ -305,8 +308,9 @@ class Predict:
 def _network_slices(path, card, count=8):
     "Some slices of a scan, spread evenly, as the network is given them."
     with opened(path, level=card.level, width=card.width) as scan:
-        chosen = np.linspace(0, len(scan.hu) - 1, min(count, len(scan.hu))).round().astype(int)
-        return squares_of(scan.hu, chosen, card).numpy()
+        z = np.linspace(0, len(scan.hu) - 1, count).round().astype(int)
+        return squares_of(scan.hu, np.unique(z), card).numpy()
+
 
 # %% ../../nbs/app/01_commands.ipynb #617b587d
 _FORMATS = (*FORMATS, "huggingface")
@@ -324,6 +328,7 @@ class Export:
 
     def run(self):
         card = load_checkpoint(self.checkpoint)[1]
+        print("".join(f"{note}\n" for note in card.notes), end="")
         if graphs := tuple(name for name in self.formats if name != "huggingface"):
             images = self.scan and _network_slices(self.scan, card)
             table = export_model(self.checkpoint, self.out, graphs, images)

@@ -13,13 +13,13 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from timeit import repeat
@@ -62,20 +62,18 @@ class TorchEngine:
         box: tuple | None = None,  # on the frame, pixels; None: the whole frame
     ) -> torch.Tensor:  # (batch, classes, rows of the box, columns of the box), any float type
         "Logits of the box; in parts where the GPU's memory holds no more. Raises `ConfigError`."
+        if len(images) > self.most:
+            return torch.cat([self(part, box) for part in images.split(self.most)])
         try:
-            parts = [self._compute(part, box) for part in images.split(self.most)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            inputs = as_input(images.to(self.device, non_blocking=True))
+            inputs = inputs.to(self.dtype, memory_format=torch.channels_last)
+            return forward_box(self.model, inputs, box)
         except torch.OutOfMemoryError as error:
-            self.most = min(self.most, len(images)) // 2
+            self.most = len(images) // 2
             if not self.most:
-                what = "has no memory left for a slice; free some of it, or use --device cpu"
+                what = "has no memory for a single slice; use --device cpu"
                 raise ConfigError(f"{self.device} {what}.") from error
         return self(images, box)
-
-    def _compute(self, images, box):
-        images = as_input(images.to(self.device, non_blocking=True))
-        images = images.to(self.dtype, memory_format=torch.channels_last)
-        return forward_box(self.model, images, box)
 
 # %% ../../nbs/engines/01_engines.ipynb #1df26cbf
 def read_graph(
@@ -181,20 +179,15 @@ def engine_device(
     raise ConfigError(why)
 
 # %% ../../nbs/engines/01_engines.ipynb #a1d1e69f
-@cache
 def idle_gpu() -> list[str]:
     "A note if this computer has an NVIDIA GPU that PyTorch cannot use."
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    smi = None if hidden or torch.cuda.is_available() else shutil.which("nvidia-smi")
+    if not smi or subprocess.run([smi, "-L"], capture_output=True).returncode:
         return []
-    try:
-        listed = ["nvidia-smi", "-L"]
-        listed = subprocess.run(listed, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        listed = "GPU 0: An NVIDIA GPU (" * Path("/proc/driver/nvidia/gpus").exists()
     return [
-        f"{name} is here, but PyTorch {torch.__version__} cannot use it: install the PyTorch that"
-        " fits the GPU's driver, see https://pytorch.org/get-started."
-        for name in re.findall(r"GPU 0: (.+?) \(", listed)
+        f"PyTorch {torch.__version__} cannot use the NVIDIA GPU that is here: install the PyTorch"
+        " that fits its driver, see https://pytorch.org/get-started."
     ]
 
 # %% ../../nbs/engines/01_engines.ipynb #962acea7

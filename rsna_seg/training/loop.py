@@ -52,9 +52,7 @@ def start_accelerator(
     return accelerator
 
 # %% ../../nbs/training/00_loop.ipynb #5ca60734
-def rising_decay(
-    decay: float,  # in the end
-):  # for the `multi_avg_fn` of `AveragedModel`
+def rising_decay(decay: float):  # for the `multi_avg_fn` of `AveragedModel`
     "An update of the average whose decay is at most n / (9 + n) after n models."
 
     def update(averages, weights, models):
@@ -64,10 +62,7 @@ def rising_decay(
     return update
 
 # %% ../../nbs/training/00_loop.ipynb #514c371a
-def adapt_autocast(
-    network: nn.Module,
-    depthwise: bool,  # keep depthwise convolutions in float32
-):
+def adapt_autocast(network: nn.Module, depthwise: bool):
     "Keeps upsampling out of autocast and, if asked for, the depthwise convolutions."
     for layer in network.modules():
         if hasattr(layer, "interpolation_mode"):

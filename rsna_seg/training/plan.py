@@ -73,29 +73,26 @@ _CHILD = """
 import pickle, sys, torch
 from accelerate.utils import find_executable_batch_size
 from rsna_seg.training.plan import measure_batch
-threads, batch_size, settings = pickle.load(sys.stdin.buffer)
+threads, batch_size, *settings = pickle.load(sys.stdin.buffer)
 torch.set_num_threads(threads)
 start = min(batch_size, 32 if torch.cuda.is_available() else 4)
-trial = find_executable_batch_size(measure_batch, starting_batch_size=start)(**settings)
+trial = find_executable_batch_size(measure_batch, starting_batch_size=start)(*settings)
 pickle.dump(trial, sys.stdout.buffer)
 """
 _OTHERS = re.compile("RANK|WORLD_SIZE|^(MASTER|PMI|OMPI|MV2)_")  # what launchers tell processes
 
 
-def try_batch(
-    batch_size: int,  # of the run, slices
-    **settings,  # of `measure_batch`
-) -> dict:  # from `measure_batch`
-    "A batch, not too large, measured in a fresh process; raises `ConfigError` if that fails."
-    words = pickle.dumps((torch.get_num_threads(), batch_size, settings))
+def try_batch(batch_size: int, size: int, precision: str) -> dict:
+    "`measure_batch` in a fresh process, of a batch that is not too large; raises `ConfigError`."
+    words = pickle.dumps((torch.get_num_threads(), batch_size, size, precision))
     alone = {name: value for name, value in os.environ.items() if not _OTHERS.search(name)}
     child = [sys.executable, "-c", _CHILD]
     child = subprocess.run(child, input=words, capture_output=True, env=alone)
     if child.returncode:
         said = child.stderr.decode(errors="replace").strip().splitlines()
         reason = said[-1] if said else f"signal {-child.returncode} ended it"
-        batch = f"A batch of slices of {settings['size']} pixels"
-        raise ConfigError(f"{batch} cannot be tried here: {reason.rpartition('Error: ')[2]}")
+        why = reason.rpartition("Error: ")[2]
+        raise ConfigError(f"A batch of slices of {size} pixels cannot be tried here: {why}")
     return pickle.loads(child.stdout)
 
 # %% ../../nbs/training/01_plan.ipynb #79d1f6cf
