@@ -5,10 +5,12 @@ what is copied between processor and GPU, and how many bytes move, on a machine 
 """
 
 import contextlib
+import os
 import weakref
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,13 +18,18 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rsna_seg.engines.engines
 import rsna_seg.training.loop
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
 from rsna_seg.data import StepSampler
+from rsna_seg.engines.engines import TorchEngine, idle_gpu, make_engine
 from rsna_seg.files import ConfigError
+from rsna_seg.finetune import FinetuneConfig
 from rsna_seg.model import SegLoss, as_input, build_model
 from rsna_seg.scoring.metrics import Confusion
+from rsna_seg.train import TrainConfig
 from rsna_seg.training.loop import adapt_autocast, add_gradients, make_loop, make_step, start_accelerator, valid_epoch
+from rsna_seg.training.plan import SLICE_GB, fitting_batch, try_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends CUDA where there is none")
 
@@ -212,6 +219,7 @@ def test_bytes_and_memory_of_a_slice(precision, gigabytes):
             SegLoss()(logits, masks).backward()
     print(f"{precision}: {watched.moved / BATCH / 1e9:.2f} GB moved for a slice, {watched.peak / BATCH / 1e9:.3f} GB held")
     assert watched.moved / BATCH < gigabytes * 1e9
+    assert watched.peak / BATCH / 1e9 == pytest.approx(SLICE_GB[precision], rel=0.05)
 
 
 def test_a_card_without_bfloat16_is_not_given_it(insert):
@@ -221,3 +229,64 @@ def test_a_card_without_bfloat16_is_not_given_it(insert):
     assert start_accelerator("auto").mixed_precision == "fp16"
     insert(A100)
     assert start_accelerator("bf16").mixed_precision == "bf16"
+
+
+def test_the_engine_of_a_card(insert, monkeypatch):
+    "Half precision that the card has; float32 by its true name."
+    monkeypatch.setattr(nn.Module, "to", lambda network, *_, **__: network)  # there is no card to send it to
+    network, precisions = build_model(encoder_weights="none").eval(), {}
+    for card in (A100, T4):
+        insert(card)
+        engines = {name: make_engine(name, network, device="cuda:0") for name in ("cuda", "torch")}
+        precisions[card.name] = {name: engine.precision for name, engine in engines.items()}
+    assert precisions == {"NVIDIA A100": {"cuda": "bfloat16", "torch": "TF32"}, "Tesla T4": {"cuda": "float16", "torch": "float32"}}
+
+
+def test_fewer_slices_at_once_where_memory_is_short(monkeypatch):
+    sizes, room = [], 3
+
+    def forward(network, images, box):
+        sizes.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return images[..., :1, :1]
+
+    monkeypatch.setattr(rsna_seg.engines.engines, "forward_box", forward)
+    engine, images = TorchEngine(build_model(encoder_weights="none").eval()), torch.arange(10, dtype=torch.uint8)
+    images = images[:, None, None].expand(-1, 32, 32)
+    for _ in range(2):
+        assert torch.equal(engine(images), as_input(images)[..., :1, :1])
+    assert sizes == [10, 5, 2, 2, 1, 2, 2, 1] + [2, 2, 2, 2, 2]
+    room = 0
+    with pytest.raises(ConfigError, match="^cpu has no memory for a single slice; use --device cpu.$"):
+        engine(images)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert idle_gpu() == []  # hidden from the tests
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    [note] = idle_gpu()
+    assert note.startswith(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU that is here: ")
+    smi.write_text("#!/bin/sh\nexit 9\n")  # a driver without a card
+    assert idle_gpu() == []
+
+
+def test_a_plan_is_made_by_a_process_of_its_own(monkeypatch):
+    "Which waits for no other process of a launch; this one has no Accelerator afterwards, so that a notebook can launch."
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trial = try_batch(1, 64, "no")
+    assert trial["device"] == "cpu" and trial["batch_size"] == 1 and not AcceleratorState._shared_state
+    with pytest.raises(ConfigError, match="^A batch of slices of 64 pixels cannot be tried here: fp16 needs a GPU; use --mixed-precision auto.$"):
+        try_batch(1, 64, "fp16")
+
+
+def test_a_smaller_batch_keeps_the_virtual_batch():
+    flags = {gb: fitting_batch(FinetuneConfig(), "fp16", gb) for gb in (15.8, 7.9, 1)}
+    assert flags == {15.8: "--batch-size 32 --accumulation 2", 7.9: "--batch-size 16 --accumulation 4", 1: "--batch-size 1 --accumulation 64"}
+    assert fitting_batch(TrainConfig(batch_size=20, accumulation=3), "no", 9) == "--batch-size 12 --accumulation 5"

@@ -593,6 +593,21 @@ def command(words, capsys):
     return end.value.code, re.sub(r"[\s│╭╮╰╯─]+", " ", said).strip()
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false."),
+])  # fmt: skip
+def test_a_batch_that_is_too_large(data, tmp_path, capsys, monkeypatch, error):
+    "One sentence names the flags that fit and make the same steps."
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(Tiny, "forward", refuse)
+    few = ["--size", 64, "--encoder-weights", "none", "--workers", 0, "--batch-size", 6, "--accumulation", 2]
+    code, said = command(["train", data, tmp_path, *few], capsys)
+    assert code == 2 and said == "rsna_seg train: A batch of 6 slices is too large for the memory: --batch-size 4 --accumulation 3 makes the same steps."
+
+
 def test_divergence_on_the_command_line(data, tmp_path, capsys):
     few = ["--size", 64, "--encoder-weights", "none", "--workers", 0]
     code, said = command(["train", data, tmp_path, *few, "--lr", 1e30, "--most-skipped", 4], capsys)

@@ -185,10 +185,8 @@ def idle_gpu() -> list[str]:
     smi = None if hidden or torch.cuda.is_available() else shutil.which("nvidia-smi")
     if not smi or subprocess.run([smi, "-L"], capture_output=True).returncode:
         return []
-    return [
-        f"PyTorch {torch.__version__} cannot use the NVIDIA GPU that is here: install the PyTorch"
-        " that fits its driver, see https://pytorch.org/get-started."
-    ]
+    do = "install the PyTorch that fits its driver, see https://pytorch.org/get-started"
+    return [f"PyTorch {torch.__version__} cannot use the NVIDIA GPU that is here: {do}."]
 
 # %% ../../nbs/engines/01_engines.ipynb #962acea7
 def make_engine(
