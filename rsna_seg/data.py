@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
-from .ct.find import unpack
+from .ct.find import PNG_PAIRS, unpack
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
@@ -91,15 +91,17 @@ def add_split(
 class PrepareConfig(SourceConfig):
     "How a source becomes a dataset folder."
     size: int = 512  # pixels along both sides of the PNG files
-    level: float = 50.0  # HU in the middle of the window; of PNG pairs: the one they were made with
-    width: float = 400.0  # HU from black to white; of PNG pairs: the one they were made with
+    level: float = 50.0  # HU in the middle of the window; PNG pairs were windowed before
+    width: float = 400.0  # HU from black to white; PNG pairs were windowed before
+    window_of_png: tuple[float, float] | None = None  # level and width PNG pairs were made with
     valid: float = 0.1  # share of patients for validation; 0 keeps all for training
     folds: int = 5  # for cross-validation, by patient
     seed: int = 0  # of the split and the folds
     jobs: int = -1  # processes; -1 is one for each core
 
     def __post_init__(self):
-        positive = min(self.size, self.width, self.folds) > 0 and self.jobs != 0
+        widths = self.width, *(self.window_of_png or ())[1:]
+        positive = min(self.size, self.folds, *widths) > 0 and self.jobs != 0
         if not positive or not 0 <= self.valid < 1 or self.seed < 0:
             raise DataError(
                 f"{self} cannot be: size, width and folds are positive, valid is at least 0 and"
@@ -128,6 +130,9 @@ def _look_at(source, mask, config, store):
             source = unpack(source, store.folder / "unpacked", config.all_series)
         recognised = find_source(source, mask, config)
         check_patients([case.patient for case in recognised.cases], config.valid)
+        if recognised.kind == PNG_PAIRS and (config.level, config.width) != (50, 400):
+            how = "say in which window, if you know it, with --window-of-png LEVEL WIDTH"
+            raise DataError(f"{source} holds PNG pairs, made grey already, not in HU: {how}.")
     except DataError:
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -19,10 +20,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
+from . import png
 from .cases import PngCase, ScanCase, Source, case_name
 from .dicom import read_scan
+from .find import PNG_PAIRS
 from .organs import CLASSES, ORGANS, only
-from .png import check_damage, mask_damage, png_classes, png_values, read_png
 from .scan import to_square, window
 from ..files import DataError, OutputError, RsnaSegError, whole_file, writing
 
@@ -43,25 +45,23 @@ class Plane:
 # %% ../../nbs/ct/10_store.ipynb #d7dc2a22
 def _png_planes(case):
     "The slices of PNG pairs in the order of their numbers; raises `DataError`."
-    damage = []
+    damage = {}
     for number, image, mask in case.pairs:
-        grey, classes = read_png(image), None
+        grey, classes = png.read_png(image), None
         if mask is not None:
-            values = png_values(mask, case.encoding)
-            damage.append(mask_damage(values, mask))
-            classes = png_classes(values, mask, case.encoding, case.labels)
+            values = png.png_values(mask, case.encoding)
+            damage[mask] = png.mask_damage(values)
+            classes = png.png_classes(values, mask, case.encoding, case.labels)
             if classes.shape != grey.shape:
-                shapes = f"{classes.shape} (row, col) but {image} is {grey.shape}"
-                raise DataError(f"{mask} is {shapes}; they are no pair.")
+                raise DataError(f"{mask} is {classes.shape} but {image} is {grey.shape}: no pair.")
         yield Plane(number, grey, classes)
     if not case.trusted:
-        check_damage(sum(damage), f"the masks of series {case.series} of patient {case.patient}")
+        png.check_damage(damage, f"the masks of series {case.series} of patient {case.patient}")
 
 # %% ../../nbs/ct/10_store.ipynb #a6ff5e9f
 def planes(
     case: ScanCase | PngCase,
-    level: float,  # HU in the middle of the window
-    width: float,  # HU from black to white
+    settings: dict,  # level and width of the window in HU, which PNG pairs have behind them
     notes: list,  # gets sentences on what is unusual
 ):  # yields Plane
     "The slices of a case, of a volume from the feet up; raises `ScanError` or `DataError`."
@@ -74,7 +74,7 @@ def planes(
     same = *scan.spacing[1:], scan.source.orientation, scan.tilt_deg
     for z, (hu, classes) in enumerate(zip(scan.hu, mask)):
         position = float(scan.positions[z]), float(scan.slice_mm[z])
-        yield Plane(z, window(hu, level, width), classes, *position, *same)
+        yield Plane(z, window(hu, settings["level"], settings["width"]), classes, *position, *same)
 
 # %% ../../nbs/ct/10_store.ipynb #3e2ceaa7
 def _write_png(path, pixels):
@@ -110,25 +110,21 @@ def _write_plane(plane, case, folder, size, shown):
 def write_case(
     case: ScanCase | PngCase,
     folder: Path,  # with images/, masks/ and parts/ in it
-    size: int,  # pixels along both sides of the PNG files
-    level: float,  # HU in the middle of the window
-    width: float,  # HU from black to white
+    settings: dict,  # size of the PNG files in pixels, level and width of the window in HU
     labelled: tuple,  # keys of the organs that are labelled; others become 0
 ) -> str:  # why the case was left out; empty if it is written
     "Writes a case's slices and its rows; raises `OutputError` if the disk takes no more."
     cv2.setNumThreads(0)
     shown, rows, notes = only(labelled), [], []
     try:
-        for plane in planes(case, level, width, notes):
-            rows.append(_write_plane(plane, case, folder, size, shown))
+        for plane in planes(case, settings, notes):
+            rows.append(_write_plane(plane, case, folder, settings["size"], shown))
     except OutputError:
         raise
-    except RsnaSegError as error:
-        return str(error)
     except Exception as error:  # a bug in a library is the series' end, not everybody's
-        return f"{case.scan} cannot be read ({type(error).__name__}: {error})."
-    about = f"Series {case.series} of patient {case.patient}"
-    lines = "".join(f"{about}: {note}\n" for note in notes)
+        bug = f"{case.scan} cannot be read ({type(error).__name__}: {error})."
+        return str(error) if isinstance(error, RsnaSegError) else bug
+    lines = "".join(f"Series {case.series} of patient {case.patient}: {note}\n" for note in notes)
     for ending, text in {"txt": lines, "csv": pd.DataFrame(rows).to_csv(index=False)}.items():
         with writing(folder), whole_file(folder / "parts" / f"{case_name(case)}.{ending}") as file:
             file.write_text(text)
@@ -174,6 +170,20 @@ class SliceData:
         names = work(delayed(damaged_rows)(self.folder, rows) for rows in series)
         return sum(tqdm(names, total=len(series), desc="verify", unit="series"), [])
 
+    @cached_property
+    def grey_counts(self):
+        "Pixels of each grey value in 200 slices or fewer, spread evenly, (256,)."
+        names = self.manifest["image"].iloc[:: 1 + len(self.manifest) // 200]
+        return png.grey_counts(self.folder / name for name in names)
+
+    @property
+    def window(self) -> png.Window:
+        "Of its slices. That of PNG pairs is known if it was given; a note says what is in doubt."
+        info, own = self.info, (self.info.get("level", 50), self.info.get("width", 400))
+        older = None if own == (50, 400) else own  # they said 50/400 if nothing was given
+        given = info.get("window_of_png", older) if info.get("kind") == PNG_PAIRS else own
+        return png.judge_window({} if given is own else png.find_landmarks(self.grey_counts), given)
+
     def missing(self) -> list[str]:
         "The names of files that the manifest lists and the folder lacks."
         folders = [kind for kind in ("images", "masks") if (self.folder / kind).is_dir()]
@@ -186,12 +196,10 @@ class SliceData:
         return f"SliceData: {slices} slices of {patients} patients in {self.folder.name}"
 
     def _repr_html_(self):
-        columns = {"patients": ("patient", "nunique"), "series": ("series", "nunique")}
-        table = self.manifest.groupby("split").agg(**columns, slices=("image", "size"))
-        for organ in (o for o in ORGANS if o.key in self.info["labelled"]):
-            shows = (self.manifest[organ.key] > 0).groupby(self.manifest.split)
-            table[f"slices with {organ.name.lower()}"] = shows.sum()
-        return table.to_html()
+        table = self.manifest.groupby("split")[["patient", "series", "image"]].nunique()
+        shown = (self.manifest[self.info["labelled"]] > 0).groupby(self.manifest.split).sum()
+        names = "patients", "series", "slices", *(f"slices with {name}" for name in shown)
+        return table.join(shown).set_axis(names, axis=1).to_html()
 
 # %% ../../nbs/ct/10_store.ipynb #405fe464
 _SKIPPED = ["patient", "series", "source", "reason"]
@@ -239,8 +247,8 @@ def open_data(
         folds = sorted(set(data.manifest.fold) - {-1})
         if fold not in folds:
             raise DataError(f"{data.folder} has no fold {fold}; its folds are {str(folds)[1:-1]}.")
-        side = np.where(data.manifest.fold == fold, "valid", "train")
-        split = np.where(data.manifest.fold < 0, "none", side)
+        which = [data.manifest.fold < 0, data.manifest.fold == fold]
+        split = np.select(which, ["none", "valid"], "train")
         data = replace(data, manifest=data.manifest.assign(split=split))
     splits = data.manifest[data.manifest.split != "none"].groupby("patient").split.nunique()
     if (splits > 1).any():
@@ -275,11 +283,6 @@ class Store:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             with whole_file(begun) as file:
                 file.write_text(json.dumps(self.settings))
-
-    def put(self, case, labelled):
-        "Writes a case; why it was left out, or nothing."
-        look = (self.settings[key] for key in ("size", "level", "width"))
-        return write_case(case, self.folder, *look, labelled)
 
     def finish(self, source, skipped, split):
         "Writes the tables and gives the folder its name; `split` adds the columns split and fold."
@@ -319,8 +322,7 @@ class Store:
 # %% ../../nbs/ct/10_store.ipynb #36c3ac6a
 def _write_tables(store, source, skipped, split):
     "Manifest, skipped series and description, from the parts."
-    folder, parts = store.folder, [store.part(case) for case in source.cases]
-    parts = [part for part in parts if part.exists()]
+    folder, parts = store.folder, [p for p in map(store.part, source.cases) if p.exists()]
     manifest = split(pd.concat([pd.read_csv(p, dtype=str) for p in parts], ignore_index=True))
     for kind, column in (("images", "image"), ("masks", "mask")):  # of a series that broke half-way
         named = {Path(name).name for name in manifest[column].dropna()}
@@ -333,12 +335,14 @@ def _write_tables(store, source, skipped, split):
         with whole_file(folder / "skipped.csv") as file:
             pd.DataFrame(skipped, columns=_SKIPPED).to_csv(file, index=False)
     notes = [line for p in parts for line in p.with_suffix(".txt").read_text().splitlines()]
+    unknown = dict.fromkeys(("level", "width")) if source.kind == PNG_PAIRS else {}
     info = {
-        "version": 2, **store.settings, "kind": source.kind, "labelled": list(source.labelled),
-        "notes": [*source.notes, *notes], "patients": int(manifest.patient.nunique()),
-        "slices": len(manifest),
+        "version": 2, **store.settings, **unknown, "kind": source.kind,
+        "labelled": list(source.labelled), "notes": [*source.notes, *notes],
+        "patients": int(manifest.patient.nunique()), "slices": len(manifest),
         "fingerprint": hashlib.sha256((folder / "manifest.csv").read_bytes()).hexdigest(),
     }  # fmt: skip
+    info["notes"] += filter(None, [SliceData(folder, manifest, info, None).window.note])
     with whole_file(folder / "dataset.json") as file:
         file.write_text(json.dumps(info, indent=2))
 
@@ -363,9 +367,7 @@ def _keep_whole(dest, broken):
             rows.to_csv(dest / "parts" / f"{name}.csv", index=False)
 
 # %% ../../nbs/ct/10_store.ipynb #eca0b25a
-def is_finished(
-    store: Store,
-) -> bool:
+def is_finished(store: Store) -> bool:
     "Whether its folder is there, made with the same settings; raises `DataError` for another."
     dest = store.dest
     if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
@@ -374,7 +376,7 @@ def is_finished(
         raise DataError(f"{dest} exists and is no dataset folder; choose another destination.")
     info = _read_info(dest)
     for key, value in store.settings.items():
-        if info.get(key) != value:
+        if info.get(key) != value and not (key in ("level", "width") and info.get(key) is None):
             was = f"{dest} was prepared with {key} = {info.get(key)}, not {value}"
             raise DataError(f"{was}; choose another destination or delete it.")
     return True
@@ -388,13 +390,11 @@ def put_all(
     "Writes what is not yet written, side by side; raises `DataError` if nothing can be read."
     todo = [case for case in source.cases if not store.part(case).exists()]
     work = Parallel(n_jobs=jobs if len(todo) > 1 else 1, return_as="generator")
-    reasons = work(delayed(store.put)(case, source.labelled) for case in todo)
-    done = len(source.cases) - len(todo)
-    how = {"total": len(source.cases), "initial": done, "desc": source.kind, "unit": "series"}
-    skipped = []
-    for case, reason in tqdm(zip(todo, reasons), **how):
-        if reason:
-            skipped.append((case.patient, case.series, str(case.scan), reason))
+    put, count = delayed(write_case), len(source.cases)
+    reasons = work(put(c, store.folder, store.settings, source.labelled) for c in todo)
+    how = {"total": count, "initial": count - len(todo), "desc": source.kind, "unit": "series"}
+    done = tqdm(zip(todo, reasons), **how)
+    skipped = [(c.patient, c.series, str(c.scan), reason) for c, reason in done if reason]
     if len(skipped) == len(source.cases):
         raise DataError(f"{skipped[0][-1]} No series of the source can be read.")
     return skipped
