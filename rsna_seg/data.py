@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from joblib import cpu_count
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
@@ -51,11 +52,8 @@ def balanced_draw(
     return min((rng.permutation(parts) for _ in range(draws)), key=unlike)
 
 # %% ../nbs/00_data.ipynb #d24466b1
-def check_patients(
-    patients: list[str],
-    valid: float,  # share of them for validation
-):
-    "Raises `DataError` if there are too few patients for a validation share."
+def check_patients(patients: list[str], valid: float):
+    "Raises `DataError` if there are too few patients for this share of them for validation."
     if valid > 0 and len(set(patients)) < 2:
         raise DataError(
             "There is one patient only, and a patient cannot be in training and validation at once:"
@@ -100,8 +98,7 @@ class PrepareConfig(SourceConfig):
     jobs: int = -1  # processes; -1 is one for each core
 
     def __post_init__(self):
-        widths = self.width, *(self.window_of_png or ())[1:]
-        positive = min(self.size, self.folds, *widths) > 0 and self.jobs != 0
+        positive = min(self.size, self.width, self.folds) > 0 and self.jobs != 0
         if not positive or not 0 <= self.valid < 1 or self.seed < 0:
             raise DataError(
                 f"{self} cannot be: size, width and folds are positive, valid is at least 0 and"
@@ -262,14 +259,10 @@ class StepSampler(Sampler):
 # %% ../nbs/00_data.ipynb #83eff1fe
 def cores() -> int:
     "Processor cores for this process: its share, where several train on the machine."
-    all_cores = os.cpu_count()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
 
 # %% ../nbs/00_data.ipynb #57e86f7f
-def quiet_worker(
-    number: int,  # of the process
-):
+def quiet_worker(number: int):
     "Keeps OpenCV in a loader's process to one thread; there are enough processes."
     cv2.setNumThreads(0)
 

@@ -252,6 +252,7 @@ class Card:
     size: int = 512  # pixels along both sides of the slices it was trained on
     level: float = 50.0  # HU in the middle of the window
     width: float = 400.0  # HU from black to white
+    window: Literal["known", "estimated", "assumed"] = "known"  # how sure level and width are
     encoder: str = ENCODER
     channels: Literal["copies", "neighbours"] = "copies"  # what `SliceDataset` gives as input
     labelled: list[str] = field(default_factory=lambda: list(ALL_ORGANS))  # organs it was taught

@@ -174,7 +174,7 @@ def _keep(out, loop, data, config, history):
         spacing = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
         scores = {k: v for k, v in row.items() if k.startswith("valid_") and not math.isnan(v)}
         card = Card(
-            config.size, data.info["level"], data.info["width"], channels=config.channels,
+            config.size, *data.window[:3], channels=config.channels,
             labelled=loop.taught, config=asdict(config), dataset=data.info["fingerprint"],
             metrics=scores, spacing=spacing.round(4).dropna().to_numpy().tolist(),
         )  # fmt: skip
@@ -325,9 +325,7 @@ def open_for_training(
     return data
 
 
-def begin_model(
-    config: TrainConfig,
-) -> nn.Module:
+def begin_model(config: TrainConfig) -> nn.Module:
     "The network that the first training starts from; raises `ConfigError` without its weights."
     torch.manual_seed(config.seed)
     return build_model(encoder_weights=config.encoder_weights)
@@ -347,9 +345,7 @@ def train(
     return fit(model, data, out, config, begin_with, watch=watch)
 
 # %% ../nbs/03_train.ipynb #ac941380
-def unlike_recipe(
-    config: FitConfig,
-) -> dict:  # name of the setting -> its value and the recipe's
+def unlike_recipe(config: FitConfig) -> dict:  # name of the setting -> its value and the recipe's
     "The settings that are not the recipe's."
     recipe, given = asdict(type(config)()), asdict(config)
     for settings in (recipe, given):

@@ -22,7 +22,7 @@ from rsna_seg.ct.find import (
     GIVE, PNG_PAIRS, find_layout, kaggle_series, no_scan, reading, scan_kinds, scan_places,
     unpacked,
 )  # fmt: skip
-from .png import read_png
+from .png import find_landmarks, judge_window, read_png
 from .scan import Grid, Scan, on_grid
 from .series import chosen_series, series_in
 from ..files import ConfigError, DataError, RsnaSegError, ScanError
@@ -142,6 +142,9 @@ def png_scan(
     if not measured:
         how = "give --spacing Z ROW COL in mm"
         notes = (f"{path} has no spacing: volumes are voxels, not ml; {how}.", *notes)
+    greys = (stack >> 8 if stack.dtype == np.uint16 else stack).ravel()
+    landmarks = find_landmarks(np.bincount(greys, minlength=256))
+    notes += tuple(filter(None, [judge_window(landmarks, (level, width)).note]))
     return on_grid(hu_of_grey(stack, level, width), grid, path.name, notes)
 
 # %% ../../nbs/ct/09_inputs.ipynb #70178b34

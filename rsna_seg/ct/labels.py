@@ -123,9 +123,7 @@ def _whole(values, path, start):
     return whole
 
 # %% ../../nbs/ct/02_labels.ipynb #2cdd6afe
-def is_colours(
-    labels: LabelMap,
-) -> bool:
+def is_colours(labels: LabelMap) -> bool:
     "Whether the map's numbers are packed colours."
     return max(labels.ids) > _LAST_ID
 
@@ -198,9 +196,7 @@ def _once(pairs):
     return dict(pairs)
 
 # %% ../../nbs/ct/02_labels.ipynb #4eff5e1e
-def read_json(
-    path: str | Path,
-) -> dict:
+def read_json(path: str | Path) -> dict:
     "The object in a JSON file; raises `DataError`."
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
