@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .dicom import ct_series, dicom_series, read_seg, seg_classes
+from .dicom import read_seg, seg_classes
 from rsna_seg.ct.find import (
     CASE_FOLDERS, KAGGLE, NAMED, NIFTI, NIFTI_PAIRS, PNG_PAIRS, case_masks, ct_files, file_kind,
     find_layout, holds, kaggle_series, no_scan, scan_places, stem,
@@ -22,6 +22,7 @@ from .labels import LabelMap, label_map, named_labels
 from .nifti import nifti_format, read_mask, read_organ_masks
 from .organs import ALL_ORGANS, ORGAN, ORGANS
 from .png import mask_labels
+from .series import ct_series, dicom_series
 from ..files import DataError
 
 # %% ../../nbs/ct/08_cases.ipynb #b64cdd6e

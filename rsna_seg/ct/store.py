@@ -29,8 +29,7 @@ from .scan import to_square, window
 from ..files import DataError, OutputError, RsnaSegError, whole_file, writing
 
 # %% ../../nbs/ct/10_store.ipynb #d7dc2a22
-_NOWHERE = dict.fromkeys(["position_mm", "slice_mm", "row_mm", "col_mm", "tilt_deg"], np.nan)
-_NOWHERE["orientation"] = ""
+_PLACE = "position_mm", "slice_mm", "row_mm", "col_mm", "orientation", "tilt_deg"  # in a manifest
 
 
 def _png_planes(case):
@@ -44,14 +43,14 @@ def _png_planes(case):
             classes = png.png_classes(values, mask, case.encoding, case.labels)
             if classes.shape != grey.shape:
                 raise DataError(f"{mask} is {classes.shape} but {image} is {grey.shape}: no pair.")
-        yield number, grey, classes, _NOWHERE
+        yield number, grey, classes, dict.fromkeys(_PLACE)
     if not case.trusted:
         png.check_damage(damage, f"the masks of series {case.series} of patient {case.patient}")
 
 # %% ../../nbs/ct/10_store.ipynb #a6ff5e9f
 def planes(
     case: ScanCase | PngCase,
-    settings: dict,  # level and width of the window in HU, which PNG pairs have behind them
+    settings: dict,  # size of the PNG files, and of the window level and width in HU
     notes: list,  # gets sentences on what is unusual
 ):  # yields number, grey values, class ids or None, and the place in the patient
     "The slices of a case, of a volume from the feet up; raises `ScanError` or `DataError`."
@@ -61,10 +60,11 @@ def planes(
     scan = read_scan(case.scan, case.files)
     mask = case.mask_on(scan) if case.masks else [None] * len(scan.hu)
     notes.extend(scan.notes)
-    place = {"row_mm": scan.spacing[1], "col_mm": scan.spacing[2], "tilt_deg": scan.tilt_deg}
-    place["orientation"] = scan.source.orientation  # of its axes, such as LPS
+    pixel = (mm * max(scan.hu.shape[1:]) / settings["size"] for mm in scan.spacing[1:])
+    same = *pixel, scan.source.orientation, scan.tilt_deg
     for z, (hu, classes) in enumerate(zip(scan.hu, mask)):
-        place |= {"position_mm": float(scan.positions[z]), "slice_mm": float(scan.slice_mm[z])}
+        own = round(float(scan.positions[z]), 3), round(float(scan.slice_mm[z]), 5)
+        place = dict(zip(_PLACE, (*own, *same)))
         yield z, window(hu, settings["level"], settings["width"]), classes, place
 
 # %% ../../nbs/ct/10_store.ipynb #3e2ceaa7
@@ -87,13 +87,9 @@ def _write_plane(case, folder, size, shown, z, grey, classes, place):
         counts = np.bincount(classes.ravel(), minlength=len(CLASSES))
         pixels |= {o.key: int(counts[o.id]) for o in ORGANS if shown[o.id]}
     rows, cols = grey.shape
-    shrink = max(rows, cols) / size
     return {
         "image": f"images/{name}", "mask": mask, "patient": case.patient, "series": case.series,
-        "z": z, "rows": rows, "cols": cols, "position_mm": round(place["position_mm"], 3),
-        "slice_mm": round(place["slice_mm"], 5), "row_mm": place["row_mm"] * shrink,
-        "col_mm": place["col_mm"] * shrink, "orientation": place["orientation"],
-        "tilt_deg": place["tilt_deg"], **pixels, "incomplete": case.incomplete,
+        "z": z, "rows": rows, "cols": cols, **place, **pixels, "incomplete": case.incomplete,
         "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
 

@@ -76,8 +76,7 @@ def volume_figure(quality: Quality):
     by_organ = [places[organs.organ == key, 1] for key in order]
     box = {"widths": 0.64, "whis": (5, 95), "showfliers": False}
     ax.boxplot(by_organ, positions=range(len(order)), medianprops={"color": "black"}, **box)
-    fill = colors.where(whole, "white")
-    ax.scatter(*places.T, s=22, c=fill, edgecolors=colors, zorder=3)
+    ax.scatter(*places.T, s=22, c=colors.where(whole, "white"), edgecolors=colors, zorder=3)
     _ring(ax, places[organs.odd], organs.patient[organs.odd])
     ax.set(yscale="log", ylabel=unit)
     ax.set_xticks(range(len(order)), [o.name for o in ORGANS if o.key in order])
