@@ -128,8 +128,8 @@ def _look_at(source, mask, config, store):
         recognised = find_source(source, mask, config)
         check_patients([case.patient for case in recognised.cases], config.valid)
         if recognised.kind == PNG_PAIRS and (config.level, config.width) != (50, 400):
-            raise DataError(f"{source} holds PNG pairs, not HU: --window-of-png LEVEL WIDTH says how"
-                            " they were made grey.")  # fmt: skip
+            raise DataError(f"{source} holds PNG pairs, no HU: --window-of-png LEVEL WIDTH tells"
+                            " how they were made grey.")  # fmt: skip
     except DataError:
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)

@@ -60,7 +60,7 @@ def planes(
     scan = read_scan(case.scan, case.files)
     mask = case.mask_on(scan) if case.masks else [None] * len(scan.hu)
     notes.extend(scan.notes)
-    pixel = (mm * max(scan.hu.shape[1:]) / settings["size"] for mm in scan.spacing[1:])
+    pixel = (mm * (max(scan.hu.shape[1:]) / settings["size"]) for mm in scan.spacing[1:])
     same = *pixel, scan.source.orientation, scan.tilt_deg
     for z, (hu, classes) in enumerate(zip(scan.hu, mask)):
         own = round(float(scan.positions[z]), 3), round(float(scan.slice_mm[z]), 5)
