@@ -313,15 +313,13 @@ def _advice(values, encoding, labels):
         ]
     if known:
         return f"all values would fit --labels {' or '.join(known)}; give the one it is from"
-    unknown = np.setdiff1d(kinds, list(mask_labels(encoding, labels).ids))
-    if len(unknown) > 10:
-        return (
-            f"with {len(unknown)} of them it is a picture, or it was resized with interpolation or"
-            " saved as JPEG, which puts values between the right ones; export the original mask as"
-            " PNG and resize it with nearest neighbour"
-        )
     option = "--labels" if encoding in ENCODINGS[:4] else "--encoding"
-    return f"say what its values mean in a JSON file: {option} FILE.json"
+    what = "it is a picture, or" if len(kinds) > 64 else "perhaps"
+    return (
+        f"{what} it was resized with interpolation or saved as JPEG, which puts values between the"
+        " right ones: export the original mask as PNG, resize it with nearest neighbour; if not,"
+        f" say what its values mean in a JSON file: {option} FILE.json"
+    )
 
 # %% ../../nbs/ct/03_png.ipynb #805eecb4
 def png_classes(
