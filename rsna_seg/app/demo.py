@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 import rsna_seg
 from ..augment import AugmentConfig
@@ -27,7 +26,7 @@ from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
 from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
-from ..files import ConfigError, DataError, whole_file
+from ..files import ConfigError, DataError, cache_folder, whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..model import imagenet_file
 from ..predict import Predictor, save_segmentation
@@ -171,10 +170,10 @@ def _make_example(folder):
 
 # %% ../../nbs/app/02_demo.ipynb #3492523c
 def example(
-    cache: str | Path | None = None,  # where it is kept; None: $RSNA_SEG_CACHE or the user's cache
+    cache: str | Path | None = None,  # where it is kept; None: `cache_folder`
 ) -> Example:
     "A network that outlines synthetic organs with a Dice of about 0.9; trained if it is not there."
-    cache = Path(cache or os.environ.get("RSNA_SEG_CACHE") or user_cache_path("rsna_seg"))
+    cache = Path(cache or cache_folder())
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"example-{_code_key()}"
     with FileLock(f"{folder}.lock"):
