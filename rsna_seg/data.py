@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
-from .ct.find import file_kind, no_scan, unpacked
+from .ct.find import file_kind, unpacked
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
@@ -129,8 +129,7 @@ def _look_at(source, mask, config, store):
             store.begin()
         with unpacked(source, store.folder / "unpacked", config.all_series) as contents:
             recognised = find_source(contents, mask, config)
-        patients = [case.patient for case in recognised.cases]
-        check_patients(patients, config.valid, recognised.notes)
+        check_patients([case.patient for case in recognised.cases], config.valid, recognised.notes)
     except (DataError, ScanError):
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)
@@ -147,8 +146,6 @@ def prepare(
 ) -> SliceData:
     "Makes the dataset folder, or finishes or repairs one; raises `DataError` or `OutputError`."
     source, dest = Path(source), Path(dest).resolve()
-    if not source.exists():
-        raise DataError(no_scan(source))
     store = Store(dest, _settings(source, mask, config))
     if is_finished(store):
         with writing(dest):

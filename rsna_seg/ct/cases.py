@@ -171,9 +171,8 @@ def paired(
     partners, sides = _partners(scans, masks) if scans and masks else {}, (scans, masks)
     if not partners:
         counts = " and ".join(f"{len(side)} {kind}" for side, kind in zip(sides, kinds))
-        names = " and ".join(min(side) for side in sides if side)
-        what = f"{counts}, but none of the same name, such as {names}"
-        raise DataError(f"{where} holds {what}; both of a pair need one name.")
+        what = f"such as {' and '.join(min(side) for side in sides if side)}; a pair needs one name"
+        raise DataError(f"{where} holds {counts}, but none of the same name, {what}.")
     names, notes = sorted(scans if all_scans else partners), []
     if odd := [pair for pair in partners.items() if pair[0] != pair[1]]:
         how = "{} is taken for the partner of {}".format(*odd[0][::-1])
@@ -210,11 +209,8 @@ def _png_source(layout, config):
                 f"{slices[one[0]][1]} and {one[1]} are both slice {one[0]} of one series; rename"
                 " one, or mend --pattern."
             )
-    cases = [
-        PngCase(*key, tuple(slices[n] for n in sorted(slices)), labels, config.encoding,
-                config.trust_masks)
-        for key, slices in series.items()
-    ]  # fmt: skip
+    how = labels, config.encoding, config.trust_masks
+    cases = [PngCase(*key, tuple(s[n] for n in sorted(s)), *how) for key, s in series.items()]
     labelled = mask_labels(config.encoding, labels).labelled
     return Source(layout.kind, cases, labelled, (*notes, *left))
 
@@ -245,10 +241,9 @@ def _kaggle_source(layout, config):
 def _volumes(kind, folder, scans, masks, config, notes=(), by_organ=False):
     "The source of scans and of tuples of masks by name; a case is a patient without a pattern."
     masks, left = paired(scans, masks, folder, all_scans=config.all_series)
-    labels, missing = config.label_map("totalsegmentator" if by_organ else "rsna"), ()
-    labelled = labels.labelled
-    if by_organ:
-        labelled, missing = _organs_in_all(list(filter(None, masks.values())), labels)
+    labels = config.label_map("totalsegmentator" if by_organ else "rsna")
+    given = [files for files in masks.values() if files]
+    labelled, missing = _organs_in_all(given, labels) if by_organ else (labels.labelled, ())
     patients = list(masks)
     if config.pattern:
         patients = [groups["patient"] for groups in _parse(patients, config.pattern, folder)]

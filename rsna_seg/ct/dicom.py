@@ -315,9 +315,8 @@ def read_scan(
 
 # %% ../../nbs/ct/05_dicom.ipynb #7b0b32d9
 _OF_SEG = (
-    "SegmentSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "PixelData", "Rows", "Columns", "NumberOfFrames",
-)  # fmt: skip
+    "SegmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelData"
+).split()
 
 
 def _open_seg(path, labels):
@@ -331,18 +330,15 @@ def _open_seg(path, labels):
         raise ScanError(f"{path} holds {kind} segments; export it with binary ones.")
     if missing := [keyword for keyword in _OF_SEG if not dataset.get(keyword)]:
         raise ScanError(f"{path}, a DICOM SEG, has no {' and no '.join(missing)}; export it again.")
-    if len(dataset.PerFrameFunctionalGroupsSequence) != dataset.NumberOfFrames:
+    if len(dataset.PerFrameFunctionalGroupsSequence) != dataset.get("NumberOfFrames"):
         raise ScanError(f"{path}, a DICOM SEG, places some of its frames only; export it again.")
     with _damaged(path):
         segments, seg = dataset.SegmentSequence, Image.from_dataset(dataset, copy=False)
         return seg, {int(s.SegmentNumber): segment_class(s, labels, path) for s in segments}
 
 # %% ../../nbs/ct/05_dicom.ipynb #25efc5ed
-def seg_classes(
-    path: str | Path,  # a DICOM SEG
-    labels: LabelMap = label_map("rsna"),  # from a segment's label, where its code does not tell
-) -> dict:  # segment number -> class id, 0 for what is no organ of ours
-    "What the segments show; raises `ScanError` or `DataError`."
+def seg_classes(path: str | Path, labels: LabelMap = label_map("rsna")) -> dict:
+    "The class id of each segment, 0 for none of ours; raises `ScanError` or `DataError`."
     return _open_seg(path, labels)[1]
 
 # %% ../../nbs/ct/05_dicom.ipynb #c655c05c

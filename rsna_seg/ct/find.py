@@ -84,12 +84,8 @@ def stem(path: Path) -> str:
     return re.sub(r"\.(png|nii|nii\.gz)$", "", path.name, flags=re.IGNORECASE)
 
 # %% ../../nbs/ct/07_find.ipynb #bef5f053
-def files_below(
-    folder: Path,
-    kind: str,  # NIfTI or PNG
-    notes: list,  # gets sentences on what is left out
-) -> dict:  # name -> file
-    "The files of a kind by their path below the folder, without suffix."
+def files_below(folder: Path, kind: str, notes: list) -> dict:  # name -> file
+    "The NIfTI or PNG files in a folder by their names; `notes` gets a sentence on each left out."
     files = {}
     for here, kinds in walk(folder):
         for path in kinds.get(kind, ()):
@@ -133,8 +129,8 @@ def unpack(
     path: Path,  # a zip file
     folder: Path,  # to unpack into; files that are there already stay
     all_series: bool = False,  # also what has no mask
-) -> Path:
-    "Unpacks a zip file and returns the folder; raises `ScanError` for a damaged or dangerous one."
+):
+    "Unpacks a zip file; raises `ScanError` for a damaged or dangerous one."
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
@@ -153,7 +149,6 @@ def unpack(
                         shutil.copyfileobj(packed, file, 1 << 20)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ScanError(f"{path} cannot be unpacked ({error}); copy it again.") from error
-    return folder
 
 # %% ../../nbs/ct/07_find.ipynb #107d6f5c
 GIVE = (
@@ -190,8 +185,7 @@ def unpacked(
     if not zipped:
         yield path
         return
-    for_block = tempfile.TemporaryDirectory(prefix="rsna_seg-", ignore_cleanup_errors=True)
-    with for_block as folder:
+    with tempfile.TemporaryDirectory(prefix="rsna_seg-", ignore_cleanup_errors=True) as folder:
         contents = keep or Path(folder, "zip")
         with reading(path):
             unpack(path, contents, all_series)
@@ -263,10 +257,8 @@ def _niftis(folder):
     return [p for p in sorted(folder.glob("[!.]*")) if re.search(r"\.nii(\.gz)?$", p.name, re.I)]
 
 
-def case_folders(
-    folder: Path,
-) -> tuple[dict, dict]:  # name of the case -> ct.nii.gz; -> its masks, if it has some
-    "Cases in TotalSegmentator's layout: masks by organ in segmentations/, or a single one beside."
+def case_folders(folder: Path) -> tuple[dict, dict]:
+    "By case ct.nii.gz, and its masks: by organ in segmentations/, or a single one beside."
     scans, masks = {}, {}
     for case in (folder, *_folders(folder)):
         files = {stem(path).lower(): path for path in _niftis(case)}
@@ -278,11 +270,8 @@ def case_folders(
     return scans, masks
 
 # %% ../../nbs/ct/07_find.ipynb #b00f25b4
-def first_channels(
-    images: dict,  # name -> file
-    masks: dict,  # name -> file
-) -> tuple[dict, list]:  # case -> file of its first channel, files of the other channels
-    "The images without nnU-Net's endings."
+def first_channels(images: dict, masks: dict) -> tuple[dict, list]:
+    "Of files by name: each case's first channel by the case's name, and the other channels."
     cases, others = {}, []
     for name, file in images.items():
         case, _, number = name.rpartition("_")

@@ -169,8 +169,7 @@ def _one_nifti(files, path):
 def _one_folder(files, path):
     "The PNGs directly in a folder, or in the only one below that has some; raises `ScanError`."
     folders = list(dict.fromkeys(file.parent for file in files))
-    layout = find_layout(path)
-    pairs = layout and layout.kind == PNG_PAIRS
+    pairs = (layout := find_layout(path)) and layout.kind == PNG_PAIRS
     if pairs or path not in folders and folders[1:]:
         names = ", ".join(folder.name for folder in folders[:2]) + " and more" * (len(folders) > 2)
         raise ScanError(f"{path} holds PNGs in {names}; give the folder of one scan.")

@@ -37,11 +37,8 @@ def _ranges(numbers):
     return ", ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
 
 # %% ../../nbs/ct/02_labels.ipynb #5547b32c
-def first_place(
-    where: np.ndarray,  # bool
-    start: tuple | None = None,  # index in the file of the array's own corner
-) -> str:
-    "The place of the first True, for messages."
+def first_place(where: np.ndarray, start: tuple | None = None) -> str:
+    "The place of the first True, for messages; `start` is the corner's index in the file."
     index = np.array(np.unravel_index(where.argmax(), where.shape))
     index += 0 if start is None else start
     if where.ndim == 2:
@@ -131,11 +128,8 @@ def is_colours(labels: LabelMap) -> bool:
     return max(labels.ids) > _LAST_ID
 
 # %% ../../nbs/ct/02_labels.ipynb #7b7ee865
-def look_up(
-    labels: LabelMap,
-    values: np.ndarray,  # whole numbers
-) -> np.ndarray:  # uint8, same shape
-    "Classes of numbers; `UNKNOWN` for those without a meaning."
+def look_up(labels: LabelMap, values: np.ndarray) -> np.ndarray:  # uint8, same shape
+    "Classes of whole numbers; `UNKNOWN` for those without a meaning."
     if is_colours(labels):
         classes = np.full(values.shape, UNKNOWN, np.uint8)
         for number, organ in labels.ids.items():
@@ -217,11 +211,8 @@ def _id(value, title):
     return int(value)
 
 # %% ../../nbs/ct/02_labels.ipynb #93f1ed80
-def named_labels(
-    names: dict,  # a dataset's names and ids, either as key
-    title: str = "dataset's list of names",  # for messages
-) -> LabelMap:
-    "The label map of a dataset that names its ids; raises `DataError` if it has no organ of ours."
+def named_labels(names: dict, title: str = "dataset's list of names") -> LabelMap:
+    "The map of a dataset's names and ids, either as key; raises `DataError` if no organ is ours."
     if all(str(key).isdecimal() for key in names):
         names = {str(name): number for number, name in names.items()}
     classes, ids = _by_name([name for name in names if name != "ignore"]), {0: 0}
@@ -268,12 +259,8 @@ PRESETS = {
 }
 
 # %% ../../nbs/ct/02_labels.ipynb #4d5cd6e7
-def json_class(
-    value: str | int | None,  # a class by key, number or null
-    key: str,  # to which the file gives it, for messages
-    path: str | Path,
-) -> int:
-    "The class id that a JSON file gives; raises `DataError`."
+def json_class(value: str | int | None, key: str, path: str | Path) -> int:
+    "The class id that a JSON file gives to a key, by key, number or null; raises `DataError`."
     ids = {words(c.key): c.id for c in CLASSES}
     if value is None:
         return 0
@@ -324,10 +311,8 @@ def _json_labels(path):
     return LabelMap(title, ids, names, others)
 
 # %% ../../nbs/ct/02_labels.ipynb #879bdaef
-def label_map(
-    which: str | Path,  # rsna, totalsegmentator, amos, btcv, flare22, or a JSON file
-) -> LabelMap:
-    "The label map of that name or file; raises `DataError` if there is none."
+def label_map(which: str | Path) -> LabelMap:
+    "The label map of that name in `PRESETS`, or in a JSON file; raises `DataError` for neither."
     if str(which) in PRESETS:
         return PRESETS[str(which)]
     if not Path(which).is_file():
@@ -339,12 +324,8 @@ def label_map(
 _LEFT, _RIGHT = {"7771000", "G-A101", "left", "l"}, {"24028007", "G-A100", "right", "r"}
 
 
-def segment_class(
-    segment: pydicom.Dataset,  # an item of a SEG's SegmentSequence
-    labels: LabelMap,  # for labels, where the code does not tell
-    path: str | Path,  # of the SEG, for messages
-) -> int:  # class id
-    "The class of a segment; raises `DataError` if neither code nor label tells."
+def segment_class(segment: pydicom.Dataset, labels: LabelMap, path: str | Path) -> int:
+    "The class id of a SEG's segment by its code, else its label; raises `DataError` without both."
     kind, *_ = segment.get("SegmentedPropertyTypeCodeSequence") or [pydicom.Dataset()]
     code = Code(str(kind.get("CodeValue")), str(kind.get("CodingSchemeDesignator")), "-")
     label = str(segment.get("SegmentLabel") or kind.get("CodeMeaning") or "")

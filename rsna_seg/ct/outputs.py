@@ -115,10 +115,8 @@ _OF_ALL = (
 )  # fmt: skip
 
 
-def source_headers(
-    scan: Scan,  # read from DICOM
-) -> list[Dataset]:  # a header a slice, in the order of the source's third axis
-    "What to refer to, gaps filled; raises `OutputError` for a scan that is no DICOM."
+def source_headers(scan: Scan) -> list[Dataset]:
+    "A header a slice in the source's order, its gaps filled; raises `OutputError` without DICOM."
     if not scan.source.files:
         raise OutputError(f"{scan.source.path} has no DICOM series to refer to; use NIfTI.")
     first, *others = scan.source.files
