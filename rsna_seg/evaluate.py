@@ -186,7 +186,7 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
         judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
         part = open_data(folder, judged_fold)
         _judge_part(judge, model.to(device), card, part, split, batch_size, workers, device)
-        notes += _seen(card, folder, part.part(split))
+        notes += [*card.notes, *_seen(card, folder, part.part(split))]
         parts.append(_part_name(split, judged_fold))
     size = data.info["size"]
     shrunk = data.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
@@ -265,7 +265,7 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
         _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
     data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None}
     about = {"models": [_about(models[0], card)], "part": "all scans",
-             "notes": [*scans.notes, _UNKNOWN], "data": data}  # fmt: skip
+             "notes": [*scans.notes, *card.notes, _UNKNOWN], "data": data}  # fmt: skip
     return judge.result(about, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #dfeed392

@@ -22,7 +22,7 @@ from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
 from rsna_seg.files import ConfigError, DataError, ScanError
-from rsna_seg.model import Card, build_model, read_card, save_checkpoint
+from rsna_seg.model import Card, build_model, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.train import TrainConfig, train
@@ -103,7 +103,7 @@ def test_a_cross_validation_judges_everybody_once(world, tmp_path):
     table = pd.read_csv(tmp_path / "out" / "per_volume.csv", dtype={"patient": str, "series": str})
     assert set(table.patient) == set(manifest.patient) and found["patients"] == 4 and found["slices"] == len(manifest)
     assert [m["config"]["fold"] for m in found["models"]] == [0, 1] and found["notes"] == []
-    assert found["models"][0]["sha256"] == read_card(world / "runs" / "fold0" / "best_model_512.pth").sha256
+    assert found["models"][0]["sha256"] == load_checkpoint(world / "runs" / "fold0" / "best_model_512.pth")[1].sha256
     assert found["data"]["fingerprint"] == json.loads((world / "data" / "dataset.json").read_text())["fingerprint"]
     alone = evaluate(world / "runs" / "fold1", world / "data", workers=0, device="cpu")
     rows = table.merge(alone.volumes, on=["patient", "series", "organ"])

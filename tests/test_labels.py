@@ -94,8 +94,8 @@ def test_values_without_meaning_are_counted_and_placed():
         label_map("rsna").to_classes(volume, "m.nii")
     with pytest.raises(DataError, match=r"first at index \(2, 3, 33\)"):
         label_map("rsna").to_classes(volume, "m.nii", start=(0, 0, 32))
-    for strange in (2.5, np.nan, np.inf):
-        with pytest.raises(DataError, match="no whole numbers.*nearest neighbour"):
+    for strange, why in ((2.5, "nearest neighbour"), (np.nan, "write 0 for NaN"), (np.inf, "nearest neighbour")):
+        with pytest.raises(DataError, match=f"no whole numbers.*{why}"):
             label_map("rsna").to_classes(np.array([1.0, strange]), "m.nii")
     assert label_map("rsna").to_classes(np.array([True, False]), "m.nii").tolist() == [1, 0]
 

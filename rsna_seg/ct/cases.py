@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .dicom import ct_series, dicom_series, read_seg, seg_classes
+from .dicom import read_seg, seg_classes
 from rsna_seg.ct.find import (
     CASE_FOLDERS, KAGGLE, NAMED, NIFTI_PAIRS, PNG_PAIRS, case_folders, file_kind, files_below,
     find_layout, first_channels, kaggle_series, no_scan, scan_kinds, stem,
@@ -22,6 +22,7 @@ from .labels import LabelMap, label_map, read_json, words
 from .nifti import nifti_format, read_mask, read_organ_masks
 from .organs import ALL_ORGANS, ORGAN, ORGANS
 from .png import mask_labels
+from .series import ct_series, dicom_series
 from ..files import DataError, RsnaSegError
 
 # %% ../../nbs/ct/08_cases.ipynb #b64cdd6e

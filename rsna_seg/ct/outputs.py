@@ -18,7 +18,6 @@ import numpy as np
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.tag import Tag
@@ -33,6 +32,7 @@ from skimage.measure import find_contours
 from .. import __version__
 from .organs import ALL_ORGANS, CLASSES, ORGANS, Organ, in_words, palette
 from .scan import Scan, in_source_order
+from .series import read_dicom
 from ..files import ConfigError, OutputError, RsnaSegError, ScanError, whole_file, writing
 
 # %% ../../nbs/ct/11_outputs.ipynb #10645cd9
@@ -98,14 +98,14 @@ def _fill(header, scan):
     header.pop("SpacingBetweenSlices", None)  # often wrong; the positions tell
 
 # %% ../../nbs/ct/11_outputs.ipynb #2d7e6bc9
-_OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient")
+_OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient", "Rows")
 
 
 def _read_header(path, tags=None):
     "A slice's header, or these elements of it; raises `ScanError`."
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except (OSError, EOFError, InvalidDicomError) as error:
+        return read_dicom(path, stop_before_pixels=True, specific_tags=tags)
+    except OSError as error:
         raise ScanError(f"{path} cannot be read again ({error}); put the series back.") from error
 
 # %% ../../nbs/ct/11_outputs.ipynb #1c2431d6
