@@ -84,10 +84,8 @@ def _png_stack(files, path):
     for k, file in enumerate(files):
         grey = read_png(file, deep=True)
         if (grey.shape, grey.dtype) != (first.shape, first.dtype):
-            raise ScanError(
-                f"{file} is {grey.dtype} {grey.shape} (row, col) but {files[0].name} is"
-                f" {first.dtype} {first.shape}; the slices of one scan are all alike."
-            )
+            other = f"{files[0].name} is {first.dtype} {first.shape}; slices of one scan are alike"
+            raise ScanError(f"{file} is {grey.dtype} {grey.shape} (row, col) but {other}.")
         stack[:, :, k] = grey.T
     if stack.dtype == np.uint16 and (stack.min() > 6553 or stack.max() < 58982):
         raise ScanError(
