@@ -64,11 +64,11 @@ def slice_table(
 NAMES = {o.key: o.name for o in ORGANS} | {MEAN: MEAN.capitalize()}  # of rows, for people
 
 
-def _interval_text(row, digits=3):
+def _interval_text(row, digits=3, name=""):
     'Such as "0.931 (0.905 to 0.952)"; None without a mean.'
     if pd.isna(row["mean"]):
         return None
-    around = "" if pd.isna(row.low) else f" ({row.low:.{digits}f} to {row.high:.{digits}f})"
+    around = "" if pd.isna(row.low) else f" ({name}{row.low:.{digits}f} to {row.high:.{digits}f})"
     return f"{row['mean']:.{digits}f}{around}"
 
 
@@ -96,8 +96,10 @@ def sentences(
         return [*text, "None of the labelled organs is in these volumes: there is no Dice."]
     overlap = {key: _interval_text(row) for key, row in dice.iterrows()}
     best, worst = organs.idxmax(), organs.idxmin()
+    overlap[MEAN] = _interval_text(dice.loc[MEAN], name="95 % interval ")
+    pooled = levels(result).loc[MEAN, "pooled pixels"]
     text += [
-        f"Mean Dice of the organs over patients: {overlap[MEAN]}, in brackets the 95 % interval."
+        f"Mean Dice of the organs over patients: {overlap[MEAN]}; of pooled pixels {pooled:.3f}."
         " 1 is a perfect outline, 0 no overlap.",
         f"Best outlined: {NAMES[best].lower()} with {overlap[best]};"
         f" worst: {NAMES[worst].lower()} with {overlap[worst]}.",
@@ -112,11 +114,9 @@ def sentences(
     if absent := _counted(result, "absent"):
         text.append(f"Not there, and so not in the means: {absent}; what was found of it all the"
                     " same is its false-positive volume.")  # fmt: skip
-    sides = 100 * side_confusion(result.matrix)
-    if not np.isnan(sides):
+    if (sides := 100 * side_confusion(result.matrix)) >= 0:
         text.append(f"{sides:.1f} % of what was found of paired organs has the other side's name.")
-    unlabelled = in_words([key for key in ALL_ORGANS if key not in result.labelled])
-    if unlabelled:
+    if unlabelled := in_words([key for key in ALL_ORGANS if key not in result.labelled]):
         text.append(f"Not labelled in this data, and so not judged: {unlabelled}.")
     right = 100 * pixel_accuracy(result.matrix)
     return [*text, f"{right:.2f} % of all pixels have the right class, most of them background."]
@@ -192,11 +192,10 @@ def figures(
     scores: dict,  # of `patient_scores`
 ) -> dict:  # name -> figure
     "What there is to draw."
-    overlap, volumes = scores["dice"].loc[result.labelled], result.volumes
-    intervals = dict(zip(overlap.index, zip(overlap.low, overlap.high)))
+    volumes = result.volumes
     by_patient = volumes.groupby(["patient", "organ"], as_index=False)[["dice", "hd95_mm"]].mean()
     drawn = {
-        "dice": organ_bars(overlap["mean"].to_dict(), intervals=intervals),
+        "dice": organ_bars(scores["dice"].loc[result.labelled]),
         "patients": patient_dice(by_patient),
         "confusion_matrix": labelled_confusion(result),
     }
@@ -226,8 +225,7 @@ _DEFINITIONS = [
     " What is predicted of it is its false-positive volume.",
     "Missed organ: there, but nothing was predicted. Dice, IoU and NSD are 0 and count; distances"
     " do not exist and do not count.",
-    "Interval: 95 % BCa bootstrap over patients, 9999 draws. A patient with several scans counts"
-    " once, with their mean.",
+    "Mean: over patients. A patient with several scans counts once, with their mean.",
     "AUC-ROC: the chance that a pixel of the organ scores above one that is none.",
     "ECE: expected calibration error, the mean distance between probability and share of right"
     " pixels in 15 bins (Guo et al. 2017).",
@@ -287,7 +285,6 @@ def _cases(result):
     )  # fmt: skip
 
 # %% ../../nbs/report/02_evaluation.ipynb #2ea883b5
-_MEANS = "Means over patients, in brackets the 95 % interval for the mean of all such patients."
 _LEVELS = (
     "Quote the mean over patients. Pooled pixels let large organs and long scans weigh more; the"
     " mean over slices counts a sliver at an organ's end like its middle; the mean over volumes"
@@ -300,11 +297,14 @@ def _organ_sections(result, scores, drawn):
     first = [metric.key for metric in METRICS.values() if metric.first]
     table, reasons = organ_table(result, scores, first)
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
-    text = f"{_MEANS} “patients” counts those with a Dice; distances need a found organ, too."
+    means = "Means over patients."
+    if scores["dice"].low.count():
+        means += " Brackets: 95 % interval for all such patients (Gaffke 2005); mm and ml have none."
+    text = f"{means} “patients” counts those with a Dice; distances need a found organ, too."
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,
-                alt="Bars of mean Dice by organ with intervals"),
-        Section("Each organ, further scores", f"{_MEANS} The false-positive volume rests on"
+                alt="Bars of mean Dice by organ"),
+        Section("Each organ, further scores", f"{means} The false-positive volume rests on"
                 " patients without the organ.", more, absent=why),
     )  # fmt: skip
 

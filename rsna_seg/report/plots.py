@@ -95,7 +95,7 @@ CURVES = {  # column of a history: panel, colour
     "valid_loss": ("Loss", "#CC3311"),
     "train_accuracy": ("Pixel accuracy", "#777777"),
     "valid_accuracy": ("Pixel accuracy", "#CC3311"),
-    "valid_dice": ("Dice, mean of organs", "#CC3311"),
+    "valid_dice": ("Dice of pooled pixels", "#CC3311"),
     "lr": ("Learning rate", "#777777"),
 }
 
@@ -124,8 +124,8 @@ def training_curves(
         _tidy(ax, title=panel)
         if len(stages) > 1:
             ax.axvline(shift + refined.epoch.iloc[0] - 0.5, color="#0077BB", linewidth=0.8)
-    axes["Dice, mean of organs"].set_title(",\n".join(["Dice, mean of organs", *title]))
-    axes["Dice, mean of organs"].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes["Dice of pooled pixels"].set_title(",\n".join(["Dice of pooled pixels", *title]))
+    axes["Dice of pooled pixels"].xaxis.set_major_locator(MaxNLocator(integer=True))
     if "lr" in history and (history.lr > 0).any():
         axes["Learning rate"].set_yscale("log")
     fig.supxlabel("epoch", fontsize=10)
@@ -302,24 +302,22 @@ def mosaic(
 
 # %% ../../nbs/report/00_plots.ipynb #c865480b
 def organ_bars(
-    values: dict,  # organ key: Dice, 0..1, NaN for an absent organ
-    label: str = "Dice",  # what the values are
-    intervals: dict | None = None,  # organ key: (low, high), NaN where there is none
+    table: pd.DataFrame,  # a row an organ key: mean Dice, low and high of its interval; NaN: none
 ) -> Paper:
     "A bar for each organ with its value beside its name, and its interval as a whisker."
-    organs = [o for o in ORGANS if o.key in values]
+    organs = [o for o in ORGANS if o.key in table.index]
     fig = Paper(6, 0.45 * len(organs) + 0.9)
     ax = fig.subplots()
     names = []
     for i, o in enumerate(organs):
-        value, (low, high) = values[o.key], (intervals or {}).get(o.key, (np.nan, np.nan))
+        value, low, high = table.loc[o.key, ["mean", "low", "high"]]
         ax.barh(i, value, color=o.color)
         ax.plot([low, high], [i, i], "|-", color="black", markersize=8)
         text = "absent" if np.isnan(value) else f"{value:.3f}"
         whisker = f" ({low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
         names.append(f"{o.name}  {text}{whisker}")
     ax.set_yticks(range(len(names)), names)
-    _tidy(ax, "x", xlabel=label, xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
+    _tidy(ax, "x", xlabel="Dice", xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
     return fig
 
 # %% ../../nbs/report/00_plots.ipynb #patieco1
@@ -384,7 +382,8 @@ def paired_differences(
     better: str = "larger",  # or "smaller": which of them is
 ) -> Paper:
     "By organ what each patient gained from the second model, and the mean with its interval."
-    text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean with its 95 % interval"
+    text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean"
+    text += " with its interval" * any(np.isfinite(low) for _, low, _ in intervals.values())
     fig = _by_organ(table.assign(gain=table.b - table.a), "gain", text, box=False)
     ax = fig.axes[0]
     ax.axvline(0, color="black", linewidth=0.8)
