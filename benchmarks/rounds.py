@@ -11,27 +11,28 @@ from pathlib import Path
 
 import pandas as pd
 
+from rsna_seg.engines.engines import processor
 from rsna_seg.files import whole_file
 
 
-def arguments(question):
-    "The words that every benchmark understands."
+def words(question):
+    "The words that every benchmark understands, as a parser to which others may be added."
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--quick", action="store_true", help="same work per round, fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(question):
+    "Those words and no others."
+    return words(question).parse_args()
 
 
 def machine():
     "Processor, cores and memory."
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        cpu = next(iter(names), cpu)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     system = platform.platform()
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": system}
+    return {"cpu": processor(), "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": system}
 
 
 def speeds(ways, work, unit, rounds):

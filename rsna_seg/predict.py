@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ import torch
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
+from . import __version__
 from .anatomy.checks import check_segmentation
 from .anatomy.measure import find_body, organ_facts
 from .anatomy.repair import PostprocessConfig, postprocess
@@ -32,7 +34,7 @@ from .ct.nifti import save_nifti
 from .ct.organs import CLASSES, ORGAN, ORGANS, palette
 from .ct.scan import Scan, window
 from .engines.engines import ENGINES, make_engine, pick_engine
-from .engines.graph import grow_box, missing_packages
+from .engines.graph import missing_packages
 from rsna_seg.engines.slices import (
     box_on_square, classes_on_scan, from_square, mean_logits, on_scan, squares_of,
 )  # fmt: skip
@@ -50,7 +52,7 @@ def plan_work(
         return (0, card.size, 0, card.size), np.arange(len(scan.hu))
     body = find_body(scan.hu, card.level - card.width / 2)
     box = box_on_square(body.box, *scan.hu.shape[1:], card.size)
-    return grow_box(box, card.size), np.flatnonzero(body.slices)
+    return box, np.flatnonzero(body.slices)
 
 # %% ../nbs/06_predict.ipynb #5c162f17
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Segmentation:
     mask: np.ndarray  # class ids, uint8, (z, row, col), on the scan's grid
     scan: Scan
     card: Card = Card(versions={})  # of the network: its window, and what it was taught
-    made_with: dict = field(default_factory=dict)  # settings, checkpoints, engine
+    made_with: dict = field(default_factory=dict)  # from `Predictor.made_with`
     changes: pd.DataFrame | None = None  # what post-processing changed
 
     @cached_property
@@ -89,6 +91,12 @@ class Segmentation:
         others = ", ".join(o.name.lower() for o in ORGANS if o.key not in self.card.labelled)
         never = f"Not looked for, since the network was never taught them: {others}."
         return [*self.scan.notes, *([never] if others else [])]
+
+    @property
+    def record(self):
+        "What made it, in words by name; empty for a mask from elsewhere."
+        made = {name: value for name, value in self.made_with.items() if name != "settings"}
+        return {n: " and ".join(v) if isinstance(v, list) else v for n, v in made.items()}
 
     def grey(self):
         "The scan through the network's window, uint8, (z, row, col)."
@@ -195,11 +203,12 @@ class Predictor:
         several = isinstance(checkpoints, (list, tuple))
         self.paths = [Path(path) for path in (checkpoints if several else [checkpoints])]
         models, cards = zip(*map(load_checkpoint, self.paths))
+        self.sha256 = [file_sha256(path) for path in self.paths]
         self.config, self.card = config, shared_card(cards, self.paths)
         size, device = self.card.size, config.device
         self.engine, self.speeds = config.engine, {}
         if config.engine == "auto":
-            self.engine, self.speeds = pick_engine(models[0], size, device)
+            self.engine, self.speeds = pick_engine(models[0], size, device, self.sha256[0])
         self.engines = [make_engine(self.engine, model, size, device) for model in models]
         self.device = getattr(self.engines[0], "device", torch.device("cpu"))
 
@@ -207,13 +216,18 @@ class Predictor:
         names = ", ".join(path.name for path in self.paths)
         tried = ", ".join(f"{name} {speed:.1f} slices/s" for name, speed in self.speeds.items())
         measured = f" (measured: {tried})" if tried else ""
-        return f"{names} at {self.card.size} px on {self.engine}{measured}"
+        engine = f"{self.engine} in {self.engines[0].precision}"
+        return f"{names} at {self.card.size} px on {engine}{measured}"
 
     @property
     def made_with(self):
-        "Settings, checkpoints and engine, for the files that are written."
-        weights = {path.name: file_sha256(path) for path in self.paths}
-        return {"checkpoints": weights, "engine": self.engine, "settings": asdict(self.config)}
+        "What a result of now is made with, for the files that are written."
+        return {
+            "rsna_seg": __version__, "checkpoint": [path.name for path in self.paths],
+            "sha256": self.sha256, "engine": self.engine, "precision": self.engines[0].precision,
+            "date": datetime.now().astimezone().isoformat(" ", "seconds"),
+            "settings": asdict(self.config),
+        }  # fmt: skip
 
     def batches(self, ranks):
         "The ranks of slices, as many at once as the network is given."
@@ -296,9 +310,11 @@ def write_page(result: Segmentation, path: Path):
         "The outlines were drawn by a network and checked by no one.",
     ]
     warnings = [finding.text for finding in result.findings]
+    words = ", ".join(f"{name} {value}" for name, value in result.record.items())
+    made = [f"Made with {words}."] if words else []
     write_scan_report(
         path, scan.name, summary, result.organs, warnings, result.grey(), result.mask,
-        scan.spacing, result.notes,
+        scan.spacing, [*result.notes, *made],
     )  # fmt: skip
 
 # %% ../nbs/06_predict.ipynb #3f6e793b
@@ -306,7 +322,7 @@ def write_seg(result: Segmentation, path: Path):
     "Writes a DICOM SEG."
     from rsna_seg.ct.outputs import save_dicom_seg
 
-    save_dicom_seg(result.mask, result.scan, path, result.card.labelled)
+    save_dicom_seg(result.mask, result.scan, path, result.card.labelled, result.record)
 
 
 def write_rtstruct(result: Segmentation, path: Path):

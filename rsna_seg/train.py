@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'TrainConfig', 'Run', 'open_run', 'fit', 'open_for_training', 'begin_model', 'train', 'unlike_recipe',
-           'plan_run', 'find_lr']
+           'plan_run']
 
 # %% ../nbs/03_train.ipynb #1cb50726
-import copy
 import importlib.util
 import json
 import math
@@ -34,7 +33,7 @@ from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
 )  # fmt: skip
-from .training.plan import Plan, make_plan, peak_memory, range_test, used_settings
+from .training.plan import Plan, make_plan, peak_memory, used_settings
 
 # %% ../nbs/03_train.ipynb #870bc46d
 @dataclass(frozen=True)
@@ -385,16 +384,3 @@ def plan_run(
         **{f"note {i}": note for i, note in enumerate(used["notes"], 1)},
     }  # fmt: skip
     return replace(plan, lines=lines)
-
-# %% ../nbs/03_train.ipynb #62c7aa02
-def find_lr(
-    model: nn.Module,  # with the weights to start from; they stay as they are
-    data: SliceData,
-    config: FitConfig,  # a step is over its virtual batch
-    steps: int = 100,
-) -> pd.DataFrame:  # lr, loss, and smooth: the loss averaged over five steps
-    "Loss while the learning rate rises; ends early where it is four times the smallest."
-    accelerator = start_accelerator(config.mixed_precision)
-    config = replace(config, lr=1e-6, ema=0.0)
-    loop, loaders, _ = _begin_loop(copy.deepcopy(model), data, config, accelerator)
-    return range_test(loop, loaders[0], steps=steps)

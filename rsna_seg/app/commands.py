@@ -26,9 +26,10 @@ from ..ct.inputs import opened
 from ..ct.scan import to_square, window
 from ..ct.series import list_series
 from ..data import PrepareConfig, prepare
+from ..engines.engines import forget_engines
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
 from ..evaluate import evaluate, score_masks
-from ..files import ConfigError, whole_file
+from ..files import ConfigError
 from ..finetune import FinetuneConfig, finetune
 from ..model import load_checkpoint
 from rsna_seg.predict import (
@@ -37,12 +38,9 @@ from rsna_seg.predict import (
 from ..report.comparison import write_comparison
 from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
-from ..report.plots import learning_rate_curve, save_png, training_curves
+from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from rsna_seg.train import (
-    TrainConfig, begin_model, find_lr, open_for_training, open_run, plan_run, train,
-)  # fmt: skip
-from ..training.plan import suggest_lr
+from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #db430269
 def _path(name):
@@ -117,17 +115,6 @@ def _print_plan(command):
         done = len(open_run(command.out).history)
         print(f"{command.out} holds a run with {done} epochs; it would go on.")
 
-# %% ../../nbs/app/01_commands.ipynb #1b63f694
-def _try_rates(command, model):
-    "Draws loss by learning rate into the run's folder, and says which to take."
-    data = open_for_training(command.data, command.config)
-    table = find_lr(model, data, command.config)
-    rate, picture = suggest_lr(table), command.out / "learning_rates.png"
-    with whole_file(picture.with_suffix(".csv")) as part:
-        table.to_csv(part, index=False)
-    save_png(learning_rate_curve(table, rate), picture, dpi=160)
-    print(f"suggested: --lr {rate:.1e}; look at {picture}")
-
 # %% ../../nbs/app/01_commands.ipynb #7b7dd359
 def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
@@ -146,14 +133,11 @@ class Train:
     data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
     out: _path("OUT")  # the run's folder: checkpoint, history, curves
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
-    find_lr: bool = False  # try rising learning rates, draw the loss into OUT, suggest one
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self):
         if self.dry_run:
             _print_plan(self)
-        elif self.find_lr:
-            _try_rates(self, begin_model(self.config))
         else:
             _show_run(train(self.data, self.out, self.config))
 
@@ -166,15 +150,12 @@ class Finetune:
     data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
     out: _path("OUT")  # the run's folder: checkpoint, history, curves
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
-    find_lr: bool = False  # try rising learning rates, draw the loss into OUT, suggest one
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self):
         if self.dry_run:
             load_checkpoint(self.checkpoint)  # raises if it does not fit
             _print_plan(self)
-        elif self.find_lr:
-            _try_rates(self, load_checkpoint(self.checkpoint)[0])
         else:
             _show_run(finetune(self.checkpoint, self.data, self.out, self.config))
 
@@ -299,11 +280,14 @@ class Predict:
     outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
     jobs: int = 1  # processes for many scans
+    measure_again: bool = False  # which engine is the fastest, whatever was measured before
     config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)
 
     def run(self):
         if self.list_series:
             return print(list_series(self.scan).to_string(index=False))
+        if self.measure_again:
+            forget_engines()
         if self.series is None and not is_one_scan(self.scan):
             return _predict_scans(self)
         return _predict_scan(self)

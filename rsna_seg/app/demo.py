@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 import rsna_seg
 from ..augment import AugmentConfig
@@ -27,11 +26,12 @@ from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
 from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
-from ..files import ConfigError, DataError, whole_file
+from ..files import ConfigError, DataError, cache_folder, whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..model import imagenet_file
 from ..predict import Predictor, save_segmentation
 from ..report.evaluation import write_evaluation
+from ..scoring.intervals import MEAN
 from ..scoring.judge import plain
 from ..scoring.metrics import volume_dice
 from ..train import TrainConfig, train
@@ -87,8 +87,8 @@ def _print_results(scores, seconds, out):
     table = pd.DataFrame({"Dice": each.mean(), "lowest": each.min(), "patients": each.count()})
     table.index = [organ.name for organ in ORGANS]
     stages = pd.Series(seconds, name="seconds").rename_axis("stage").round(1)
-    print(f"\nDice, mean over unseen patients ({len(scores)} scans)", table.round(3).to_string(na_rep="–"),
-          f"mean of organs: {table.Dice.mean():.3f}\n", sep="\n")  # fmt: skip
+    print(f"\nDice, mean over unseen patients ({len(scores)} scans)")
+    print(table.round(3).to_string(na_rep="–"), f"{MEAN}: {table.Dice.mean():.3f}\n", sep="\n")
     print(stages.to_frame().to_string(), f"all together: {stages.sum():.0f} s\n", sep="\n")
     print(f"report: {out / 'report' / 'report.html'}\nsegmentations: {out / 'predicted'}")
     numbers = {"mean_dice": table.Dice.mean(), "dice": table.Dice.to_dict(), "seconds": seconds}
@@ -174,10 +174,10 @@ def _make_example(folder):
 
 # %% ../../nbs/app/02_demo.ipynb #3492523c
 def example(
-    cache: str | Path | None = None,  # where it is kept; None: $RSNA_SEG_CACHE or the user's cache
+    cache: str | Path | None = None,  # where it is kept; None: `cache_folder`
 ) -> Example:
     "A network that outlines synthetic organs with a Dice of about 0.9; trained if it is not there."
-    cache = Path(cache or os.environ.get("RSNA_SEG_CACHE") or user_cache_path("rsna_seg"))
+    cache = Path(cache or cache_folder())
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"example-{_code_key()}"
     with FileLock(f"{folder}.lock"):

@@ -186,13 +186,13 @@ def _headers_as_they_are(path):
             raise OutputError(f"{path} is not written: {reason}; use NIfTI.") from error
 
 # %% ../../nbs/ct/11_outputs.ipynb #e85ea40b
-def _described(algorithm, description):
+def _described(description):
     "What both kinds of object say about themselves and their maker."
     return {
         "series_instance_uid": generate_uid(), "sop_instance_uid": generate_uid(),
         "instance_number": 1, "device_serial_number": "1", "manufacturer": "rsna_seg",
-        "manufacturer_model_name": algorithm[:64], "software_versions": __version__,
-        "series_description": f"{algorithm}: {description}"[:64],
+        "manufacturer_model_name": "rsna_seg", "software_versions": __version__,
+        "series_description": f"rsna_seg: {description}",
         "specific_character_set": "ISO_IR 192",  # UTF-8
     }  # fmt: skip
 
@@ -214,10 +214,11 @@ def _save(dataset, path):
     return Path(path)
 
 # %% ../../nbs/ct/11_outputs.ipynb #b2eef055
-def _segment(organ, number, algorithm):
+def _segment(organ, number, record):
     "The description of a segment."
     made_by = hd.AlgorithmIdentificationSequence(
-        name=algorithm[:64], version=__version__, family=codes.cid7162.ArtificialIntelligence
+        name="rsna_seg", version=__version__, family=codes.cid7162.ArtificialIntelligence,
+        parameters=record or None,
     )
     segment = hd.seg.SegmentDescription(
         segment_number=number, segment_label=organ.name,
@@ -235,7 +236,7 @@ def save_dicom_seg(
     scan: Scan,  # read from DICOM
     path: str | Path,  # of the file
     organs: tuple = ALL_ORGANS,  # keys of the organs that were looked for; others are not written
-    algorithm: str = "rsna_seg",  # its name, at most 64 characters
+    record: dict = {},  # words by name: what made the mask
 ) -> Path:
     "Writes a binary SEG with a segment for each organ found; raises an `RsnaSegError`."
     seen, sentence = _to_write(mask, scan, organs)
@@ -245,10 +246,10 @@ def save_dicom_seg(
         dataset = hd.seg.Segmentation(
             source_images=source_headers(scan),
             pixel_array=numbers[in_source_order(mask, scan).T],
-            segment_descriptions=[_segment(o, n, algorithm) for n, o in enumerate(seen, 1)],
+            segment_descriptions=[_segment(o, n, record) for n, o in enumerate(seen, 1)],
             segmentation_type="BINARY", series_number=901,
             content_label="ORGANS", content_description=sentence[:64],
-            **_described(algorithm, "organs as SEG"),
+            **_described("organs as SEG"),
         )  # fmt: skip
         return _save(dataset, path)
 
@@ -345,11 +346,11 @@ def _referenced_series(headers):
     return _item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
 
 # %% ../../nbs/ct/11_outputs.ipynb #90d37036
-def _roi(organ, number, contours, header, algorithm):
+def _roi(organ, number, contours, header):
     "The items of an organ: structure set ROI, ROI contour, RT ROI observation."
     name = _item(
         ROINumber=number, ROIName=organ.name, ROIGenerationAlgorithm="AUTOMATIC",
-        ROIGenerationDescription=f"{algorithm} {__version__}"[:64],
+        ROIGenerationDescription=f"rsna_seg {__version__}",
         ReferencedFrameOfReferenceUID=header.FrameOfReferenceUID,
     )  # fmt: skip
     drawing = _item(
@@ -368,7 +369,6 @@ def save_rtstruct(
     scan: Scan,  # read from DICOM
     path: str | Path,  # of the file
     organs: tuple = ALL_ORGANS,  # keys of the organs that were looked for; others are not written
-    algorithm: str = "rsna_seg",  # its name
 ) -> Path:
     "Writes a structure set with an ROI for each organ found; raises an `RsnaSegError`."
     seen, sentence = _to_write(mask, scan, organs)
@@ -379,10 +379,10 @@ def save_rtstruct(
             study_instance_uid=first.StudyInstanceUID, sop_class_uid=RTStructureSetStorage,
             modality="RTSTRUCT", series_number=902,
             transfer_syntax_uid=ImplicitVRLittleEndian,  # an explicit one holds 64 kB of text
-            **_described(algorithm, "organs as outlines"),
+            **_described("organs as outlines"),
         )  # fmt: skip
         dataset.copy_patient_and_study_information(first)
-        rois = [_roi(o, n, contours[o.id], first, algorithm) for n, o in enumerate(seen, 1)]
+        rois = [_roi(o, n, contours[o.id], first) for n, o in enumerate(seen, 1)]
         names, drawings, meanings = map(list, zip(*rois))
         dataset.update({
             "OperatorsName": "", "ApprovalStatus": "UNAPPROVED", "PositionReferenceIndicator": "",

@@ -114,7 +114,7 @@ _EXPLAIN = [
     "p: two-sided sign-flip test over patients, of organs after Holm's correction for their number."
     " Different scores are not corrected for each other.",
     "Better: p is at most 0.05. A failure that none of these patients shows is not reckoned with.",
-    "Too few patients to tell: below 6 patients no p is below 0.05, for each of five organs below 8.",
+    "Too few patients to tell: below 6 no p is below 0.05, for one organ of five below 8.",
     "Patients that only one model was judged on, and organs that are absent or not labelled, count"
     " for neither.",
 ]

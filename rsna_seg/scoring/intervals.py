@@ -54,9 +54,9 @@ def interval_table(
 ) -> pd.DataFrame:  # a row an organ key and one for their mean: mean, low, high, and n patients
     "Means over patients with their 95 % intervals; NaN where there is none."
     parts = {key: values[[key]] for key in values} | {MEAN: values}
-    rows = [(*mean_interval(part, share), part.notna().any(axis=1).sum()) for part in parts.values()]
-    names = ["mean", "low", "high", "n"]
-    return pd.DataFrame(rows, pd.Index(parts, name="organ"), names)
+    rows = [mean_interval(part, share) for part in parts.values()]
+    table = pd.DataFrame(rows, pd.Index(parts, name="organ"), ["mean", "low", "high"])
+    return table.assign(n=[part.notna().any(axis=1).sum() for part in parts.values()])
 
 # %% ../../nbs/scoring/03_intervals.ipynb #a7b0102d
 def subset_means(
@@ -104,12 +104,12 @@ def compare_patients(
     a: pd.DataFrame,  # of `patient_means`, of one model
     b: pd.DataFrame,  # of another, on the same patients; others do not count
 ) -> pd.DataFrame:  # a row an organ key and one for their mean
-    "a, b, difference b - a, its interval low to high, p (organs: Holm's), n patients, verdict on b."
+    "a, b, difference b - a with low and high, p (Holm's for organs), n patients, verdict on b."
     a, b = a.align(b, join="inner")
     gains = b - a
     table = pd.DataFrame({"a": a.where(gains.notna()).mean(), "b": b.where(gains.notna()).mean()})
     table.loc[MEAN] = table.mean()
-    shares = gains / gains.count() / (gains.count() > 0).sum()  # whose sum is the mean of the organs' means
+    shares = gains / gains.count() / (gains.count() > 0).sum()  # they add up to the mean of means
     gains[MEAN] = shares.sum(axis=1, min_count=1) * gains.notna().any(axis=1).sum()
     means = {key: subset_means(gains[key].dropna()) for key in gains}
     p = pd.Series({key: sign_flip_p(each) if len(each) else np.nan for key, each in means.items()})
