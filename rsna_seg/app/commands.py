@@ -177,8 +177,7 @@ def _score(command, judge):
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     report = write_evaluation(result, command.out)
-    print("Dice, mean over patients", result, sep="\n")
-    print(*result.about["notes"], f"report: {report}", sep="\n")
+    print("Dice, mean over patients", result, *result.about["notes"], f"report: {report}", sep="\n")
     return _name_skipped(result.skipped)
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
@@ -235,8 +234,7 @@ class Compare:
     def run(self):
         result = compare(self.a, self.b, self.names)
         report = write_comparison(result, self.out)
-        print(result, *result.left_out, sep="\n")
-        print(f"report: {report}")
+        print(result, *result.left_out, f"report: {report}", sep="\n")
 
 # %% ../../nbs/app/01_commands.ipynb #eb2bdab2
 def _predict_scan(command):

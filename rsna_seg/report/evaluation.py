@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'MOST_CASES', 'BETTER', 'case_drawer', 'slice_table', 'sentences', 'organ_table', 'example_figure',
-           'histories', 'labelled_confusion', 'figures', 'case_section', 'write_numbers', 'write_evaluation']
+           'histories', 'figures', 'case_section', 'write_numbers', 'write_evaluation']
 
 # %% ../../nbs/report/02_evaluation.ipynb #ef5d6790
 import json
@@ -21,16 +21,14 @@ from ..ct.organs import ALL_ORGANS, CLASSES, ORGAN, ORGANS, in_words
 from ..files import whole_file
 from .page import Section, format_value, write_report
 from rsna_seg.report.plots import (
-    boundary_box, case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, patient_dice,
+    case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, organ_dots,
     reliability_curves, roc_curves, save_png, training_curves,
 )  # fmt: skip
-from ..scoring.intervals import MEAN
+from ..scoring.intervals import MEAN, interval_text
 from rsna_seg.scoring.judge import (
     LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain, states,
 )  # fmt: skip
-from rsna_seg.scoring.metrics import (
-    METRICS, calibration_error, class_outcomes, pixel_accuracy, side_confusion,
-)  # fmt: skip
+from ..scoring.metrics import METRICS, class_outcomes, pixel_accuracy, side_confusion
 
 # %% ../../nbs/report/02_evaluation.ipynb #739426bc
 def _draw_case(folder, case):
@@ -64,14 +62,6 @@ def slice_table(
 NAMES = {o.key: o.name for o in ORGANS} | {MEAN: MEAN.capitalize()}  # of rows, for people
 
 
-def _interval_text(row, digits=3, name=""):
-    'Such as "0.931 (0.905 to 0.952)"; None without a mean.'
-    if pd.isna(row["mean"]):
-        return None
-    around = "" if pd.isna(row.low) else f" ({name}{row.low:.{digits}f} to {row.high:.{digits}f})"
-    return f"{row['mean']:.{digits}f}{around}"
-
-
 def _counted(result, state):
     "Organs with this state in some volume: such as “spleen in 1 of 8 volumes”."
     table = states(result)
@@ -94,13 +84,12 @@ def sentences(
     ]
     if organs.empty:
         return [*text, "None of the labelled organs is in these volumes: there is no Dice."]
-    overlap = {key: _interval_text(row) for key, row in dice.iterrows()}
+    overlap = {key: interval_text(row) for key, row in dice.iterrows()}
     best, worst = organs.idxmax(), organs.idxmin()
-    overlap[MEAN] = _interval_text(dice.loc[MEAN], name="95 % interval ")
-    pooled = levels(result).loc[MEAN, "pooled pixels"]
+    overlap[MEAN] = interval_text(dice.loc[MEAN], name="95 % interval ")
     text += [
-        f"Mean Dice of the organs over patients: {overlap[MEAN]}; of pooled pixels {pooled:.3f}."
-        " 1 is a perfect outline, 0 no overlap.",
+        f"Mean Dice of the organs over patients: {overlap[MEAN]}; of pooled pixels"
+        f" {levels(result).loc[MEAN, 'pooled pixels']:.3f}. 1 is a perfect outline, 0 no overlap.",
         f"Best outlined: {NAMES[best].lower()} with {overlap[best]};"
         f" worst: {NAMES[worst].lower()} with {overlap[worst]}.",
     ]
@@ -130,11 +119,11 @@ def organ_table(
     "Means over patients with their intervals, and the patients that count."
     keys, counted = [*ALL_ORGANS, MEAN], states(result)
     table = pd.DataFrame({"patients": scores["dice"].n.reindex(keys)}, index=keys)
-    reasons = pd.DataFrame("no patient has a value", keys, ["patients"])
+    names = ["patients", *(METRICS[key].name for key in chosen)]
+    reasons = pd.DataFrame("no patient has a value", keys, names)
     for metric in (METRICS[key] for key in chosen):
         rows = scores[metric.key].loc[keys]
-        table[metric.name] = [_interval_text(row, metric.digits) for _, row in rows.iterrows()]
-        reasons[metric.name] = "no patient has a value"
+        table[metric.name] = [interval_text(row, metric.digits) for _, row in rows.iterrows()]
         if not metric.counts and result.volumes.predicted_ml.isna().all():
             reasons[metric.name] = "the size of the pixels is unknown"
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
@@ -179,14 +168,6 @@ def histories(checkpoint: str | Path) -> list:
     return [own]
 
 # %% ../../nbs/report/02_evaluation.ipynb #6e389756
-def labelled_confusion(result: Evaluation):
-    "The confusion matrix in pixels and in shares; organs that are not labelled are marked."
-    fig, judged = confusion_matrix(result.matrix), (CLASSES[0].key, *result.labelled)
-    rows = [c.name if c.key in judged else f"{c.name}\n(not labelled)" for c in CLASSES]
-    fig.axes[0].set_yticklabels(rows)
-    return fig
-
-
 def figures(
     result: Evaluation,
     scores: dict,  # of `patient_scores`
@@ -196,21 +177,20 @@ def figures(
     by_patient = volumes.groupby(["patient", "organ"], as_index=False)[["dice", "hd95_mm"]].mean()
     drawn = {
         "dice": organ_bars(scores["dice"].loc[result.labelled]),
-        "patients": patient_dice(by_patient),
-        "confusion_matrix": labelled_confusion(result),
+        "patients": organ_dots(by_patient, "dice", "Dice"),
+        "confusion_matrix": confusion_matrix(result.matrix, result.labelled),
     }
     if result.pictures and volumes.dice.notna().any():
         drawn["examples"] = example_figure(result)
     if volumes.hd95_mm.notna().any():
-        drawn["boundary"] = boundary_box(by_patient)
+        drawn["boundary"] = organ_dots(by_patient, "hd95_mm", "HD95 in mm", log=True)
         drawn["dice_by_volume"] = dice_by_volume(volumes[["organ", "truth_ml", "dice"]])
     if result.roc is not None:
         scored = {key: result.roc.checked(ORGAN[key].id) for key in result.labelled}
         curves = {key: each.curve() for key, each in scored.items()}
         drawn["roc"] = roc_curves(curves, {key: each.area()[0] for key, each in scored.items()})
-        lines = {key: each.reliability() for key, each in scored.items()}
-        errors = {key: calibration_error(line) for key, line in lines.items()}
-        drawn["reliability"] = reliability_curves(lines, errors)
+        bins = {key: each.reliability() for key, each in scored.items()}
+        drawn["reliability"] = reliability_curves(bins)
     models = result.about.get("models", [])
     if models and (runs := histories(models[0]["checkpoint"])):
         drawn["training_curves"] = training_curves(*runs)
@@ -235,13 +215,15 @@ _DEFINITIONS = [
 # %% ../../nbs/report/02_evaluation.ipynb #81142a69
 def case_section(
     case,  # has patient and series
-    table: pd.DataFrame,  # a row an organ
-    notes: pd.Series,  # why a place of the row is empty
+    volumes: pd.DataFrame,  # a row for each volume and organ
+    shown: dict,  # column -> its heading
     image: bytes | None,  # a PNG
     caption: str,
+    note: str = "note",  # the column that says why a place of the row is empty
 ) -> Section:
     "A foldable part about one volume."
-    texts = notes.astype(object).fillna("").to_numpy()
+    rows = volumes.query("patient == @case.patient and series == @case.series").set_index("organ")
+    table, texts = rows[list(shown)].rename(columns=shown), rows[note].astype(object).fillna("")
     reasons = pd.DataFrame({column: texts for column in table}, table.index)
     name = f"atient {case.patient}, series {case.series}"
     return Section(
@@ -256,12 +238,10 @@ def _case_parts(result, cases):
     shown = {metric.key: metric.name for metric in METRICS.values() if metric.first}
     shown |= {"truth_ml": "true, ml", "predicted_ml": "predicted, ml"}
     for case in cases[:MOST_CASES] if result.pictures else []:
-        rows = result.volumes.query("patient == @case.patient and series == @case.series")
-        table = rows.set_index("organ")[list(shown)].rename(columns=shown)
         picture = (result.pictures / f"{case_name(case)}.png").read_bytes()
-        yield case_section(case, table, rows.note, picture, "Filled: prediction; outlined: truth."
-                           " The patient's left is on the right of each slice; the first slice is"
-                           " nearest to the head.")  # fmt: skip
+        yield case_section(case, result.volumes, shown, picture, "Filled: prediction; outlined:"
+                           " truth. The patient's left is on the right of each slice; the first"
+                           " slice is nearest to the head.")  # fmt: skip
 
 
 def _cases(result):

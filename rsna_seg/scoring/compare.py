@@ -32,7 +32,7 @@ class Comparison(ShownAsTable):
     tables: dict  # key of the metric -> DataFrame of `compare_patients`
     metrics: tuple  # the metrics.json of both
 
-    def table(
+    def shown(
         self,
         metric: str = "dice",  # its key
     ) -> pd.DataFrame:
@@ -42,14 +42,8 @@ class Comparison(ShownAsTable):
         says = "higher" if better == "near 0" else "better"
         words = dict(zip(VERDICTS, (f"{higher} is {says}", f"{lower} is {says}")))
         names = {"a": a, "b": b, "low": "interval from", "high": "to", "n": "patients"}
-        table = self.tables[metric].replace({"verdict": words})
-        texts = table.p.map("{:.2g}".format, na_action="ignore")
-        return table.assign(p=texts).rename(columns=names)
-
-    @property
-    def shown(self):
-        "The table of Dice."
-        return self.table()
+        table = self.tables[metric].replace({"verdict": words}).rename(columns=names)
+        return table.assign(p=table.p.map("{:.2g}".format, na_action="ignore"))
 
 
 def _read_report(folder):

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ..ct.cases import case_name
-from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, only
+from ..ct.organs import ALL_ORGANS, CLASSES, ORGAN, ORGANS, only
 from ..files import ConfigError, DataError, RsnaSegError
 from .intervals import MEAN, ShownAsTable, interval_table, patient_means
 from rsna_seg.scoring.metrics import (
@@ -174,7 +174,6 @@ class Evaluation(ShownAsTable):
         "Pooled Dice, IoU and AUC-ROC of each class."
         return score_table(self.matrix, self.roc.auc() if self.roc else None, self.labelled)
 
-    @property
     def shown(self):
         "The Dice to quote, the mean over patients, with its interval; beside it pooled pixels."
         names = {"mean": "Dice", "low": "95 % from", "high": "to", "n": "patients"}
@@ -296,9 +295,9 @@ def levels(
     for name, values in rows.items():
         table[f"mean over {name}"] = values.mean()
     table.loc[MEAN] = table.mean()
-    for name, values in rows.items():
-        table[name] = [*values.notna().sum(), values.notna().any(axis=1).sum()]
-    return table.rename_axis("organ")
+    known = {name: values.notna() for name, values in rows.items()}
+    counts = {name: [*each.sum(), each.any(axis=1).sum()] for name, each in known.items()}
+    return table.assign(**counts).rename_axis("organ")
 
 # %% ../../nbs/scoring/02_judge.ipynb #ec13329d
 def patient_scores(
@@ -321,13 +320,11 @@ def calibration(
     result: Evaluation,
 ) -> pd.DataFrame:  # a row a labelled organ
     "Expected calibration error over all pixels and over those with a probability of at least 1 %."
-    rows = {}
-    for o in ORGANS:
-        if o.key in result.labelled:
-            histogram = result.roc.checked(o.id)
-            errors = [calibration_error(histogram.reliability(above=least)) for least in (0, 0.01)]
-            rows[o.key] = dict(zip(("ECE", "ECE above 1 %"), errors))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("organ")
+    scores = {key: result.roc.checked(ORGAN[key].id) for key in result.labelled}
+    table = pd.DataFrame(index=pd.Index(scores, name="organ"))
+    for name, least in {"ECE": 0, "ECE above 1 %": 0.01}.items():
+        table[name] = [calibration_error(each.reliability(above=least)) for each in scores.values()]
+    return table
 
 # %% ../../nbs/scoring/02_judge.ipynb #49f0cef7
 SCHEMA = 4  # of metrics.json; rises when a field changes its name or meaning

@@ -197,9 +197,7 @@ def mean_organs(
     values: np.ndarray,  # one value a class, (6,), NaN for none
 ):  # NaN if no class has a value
     "The mean over the organs that have a value."
-    values = np.asarray(values, dtype=float)[1:]
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(pd.Series(values[1:], dtype=float).mean())
 
 # %% ../../nbs/scoring/00_metrics.ipynb #975d3590
 def volume_dice(
