@@ -80,9 +80,9 @@ class Segmentation:
     def findings(self):
         "What a person should look at, as `check_segmentation` says it."
         trained = None
-        if self.card.spacing:  # of the network's pixels, not the scan's
-            scale = self.card.size / max(self.mask.shape[1:])
-            trained = list(zip(*(np.array(self.card.spacing) * [1, scale, scale])))
+        if self.card.spacing:  # of slices, and of the network's pixels
+            low, high = np.multiply(self.card.spacing, [1, self.card.size, self.card.size]).tolist()
+            trained = high[0], (min(low[1:]), max(high[1:]))
         return check_segmentation(self.mask, self.scan, self.card.labelled, trained, self.facts)
 
     @property
