@@ -10,7 +10,6 @@ __all__ = ['balanced_draw', 'check_patients', 'add_split', 'PrepareConfig', 'pre
 import math
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,16 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from joblib import cpu_count
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
-from .ct.find import unpack
+from .ct.find import PNG_PAIRS, file_kind, unpacked
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
 from .ct.store import SliceData, Store, is_finished, open_data, put_all
-from .files import ConfigError, DataError, OutputError, writing
+from .files import ConfigError, DataError, OutputError, ScanError, writing
 
 # %% ../nbs/00_data.ipynb #07a80d3b
 def balanced_draw(
@@ -51,16 +51,14 @@ def balanced_draw(
     return min((rng.permutation(parts) for _ in range(draws)), key=unlike)
 
 # %% ../nbs/00_data.ipynb #d24466b1
-def check_patients(
-    patients: list[str],
-    valid: float,  # share of them for validation
-):
-    "Raises `DataError` if there are too few patients for a validation share."
+def check_patients(patients: list[str], valid: float, notes: list[str] = ()):
+    "Raises `DataError` with notes if there are too few patients for this share to validate on."
     if valid > 0 and len(set(patients)) < 2:
-        raise DataError(
+        what = (
             "There is one patient only, and a patient cannot be in training and validation at once:"
             " prepare with --valid 0 to use all slices for training, or add patients."
         )
+        raise DataError(" ".join([what, *notes]))
 
 # %% ../nbs/00_data.ipynb #e641b0d2
 def add_split(
@@ -68,6 +66,7 @@ def add_split(
     valid: float = 0.1,  # share of patients for validation, 0..1; at least one patient unless 0
     folds: int = 5,  # at most one for each patient
     seed: int = 0,  # of the draws
+    notes: list[str] = (),  # on what was left out, if there are too few patients
 ) -> pd.DataFrame:
     "The manifest with columns split (train, valid; none without a mask) and fold."
     masked = manifest["mask"].notna()
@@ -75,7 +74,7 @@ def add_split(
     features = by_patient.agg(slices=("z", "size"), series=("series", "nunique"))
     counts = manifest.loc[masked, [o.key for o in ORGANS]].apply(pd.to_numeric)
     features = features.join(counts.groupby(manifest.patient).max() > 0)  # is the organ there?
-    check_patients(features.index, valid)
+    check_patients(features.index, valid, notes)
     count = 0 if valid == 0 else min(max(1, round(valid * len(features))), len(features) - 1)
     held_out = balanced_draw(features, [len(features) - count, count], seed)
     split = pd.Series(np.array(["train", "valid"])[held_out], features.index)
@@ -91,8 +90,9 @@ def add_split(
 class PrepareConfig(SourceConfig):
     "How a source becomes a dataset folder."
     size: int = 512  # pixels along both sides of the PNG files
-    level: float = 50.0  # HU in the middle of the window; of PNG pairs: the one they were made with
-    width: float = 400.0  # HU from black to white; of PNG pairs: the one they were made with
+    level: float = 50.0  # HU in the middle of the window; PNG pairs were windowed before
+    width: float = 400.0  # HU from black to white; PNG pairs were windowed before
+    window_of_png: tuple[float, float] | None = None  # level and width PNG pairs were made with
     valid: float = 0.1  # share of patients for validation; 0 keeps all for training
     folds: int = 5  # for cross-validation, by patient
     seed: int = 0  # of the split and the folds
@@ -120,15 +120,18 @@ def _settings(source, mask, config):
 
 # %% ../nbs/00_data.ipynb #698e3131
 def _look_at(source, mask, config, store):
-    "The cases of the source, a zip file after unpacking it into the store; raises `DataError`."
-    fresh, packed = not store.folder.exists(), source.is_file() and zipfile.is_zipfile(source)
+    "The cases of the source, a zip file after unpacking it into the store; or an `RsnaSegError`."
+    fresh, packed = not store.folder.exists(), source.is_file() and file_kind(source) == "zip"
     try:
         if packed:
             store.begin()
-            source = unpack(source, store.folder / "unpacked", config.all_series)
-        recognised = find_source(source, mask, config)
-        check_patients([case.patient for case in recognised.cases], config.valid)
-    except DataError:
+        with unpacked(source, store.folder / "unpacked", config.all_series) as contents:
+            recognised = find_source(contents, mask, config)
+        check_patients([case.patient for case in recognised.cases], config.valid, recognised.notes)
+        if recognised.kind == PNG_PAIRS and (config.level, config.width) != (50, 400):
+            raise DataError(f"{source} holds PNG pairs, no HU: --window-of-png LEVEL WIDTH tells"
+                            " how they were made grey.")  # fmt: skip
+    except (DataError, ScanError):
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)
         raise
@@ -144,8 +147,6 @@ def prepare(
 ) -> SliceData:
     "Makes the dataset folder, or finishes or repairs one; raises `DataError` or `OutputError`."
     source, dest = Path(source), Path(dest).resolve()
-    if not source.exists():
-        raise DataError(f"{source} does not exist.")
     store = Store(dest, _settings(source, mask, config))
     if is_finished(store):
         with writing(dest):
@@ -155,7 +156,9 @@ def prepare(
         recognised = _look_at(source, mask, config, store)
         store.begin()
         skipped = put_all(store, recognised, config.jobs)
-        split = partial(add_split, valid=config.valid, folds=config.folds, seed=config.seed)
+        notes = [f"Left out: {reason}" for *_, reason in skipped] + [*recognised.notes]
+        how = {"valid": config.valid, "folds": config.folds, "seed": config.seed, "notes": notes}
+        split = partial(add_split, **how)
         store.finish(recognised, skipped, split)
     except OutputError as error:
         how = "make room and give the same command again"
@@ -257,14 +260,10 @@ class StepSampler(Sampler):
 # %% ../nbs/00_data.ipynb #83eff1fe
 def cores() -> int:
     "Processor cores for this process: its share, where several train on the machine."
-    all_cores = os.cpu_count()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
 
 # %% ../nbs/00_data.ipynb #57e86f7f
-def quiet_worker(
-    number: int,  # of the process
-):
+def quiet_worker(number: int):
     "Keeps OpenCV in a loader's process to one thread; there are enough processes."
     cv2.setNumThreads(0)
 

@@ -181,9 +181,10 @@ def _keep(out, loop, data, config, history):
         mm = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
         mm = mm.dropna() * [1, *2 * [data.info["size"] / config.size]]  # of the network's pixels
         card = Card(
-            config.size, data.info["level"], data.info["width"], dataset=data.info["fingerprint"],
-            channels=config.channels, labelled=loop.taught, spacing=mm.round(4).values.tolist(),
-            config=asdict(config), metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
+            config.size, *data.window[:3], notes=[n for n in data.window[3:] if n],
+            channels=config.channels, labelled=loop.taught, dataset=data.info["fingerprint"],
+            spacing=mm.round(4).values.tolist(), config=asdict(config),
+            metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
         )  # fmt: skip
         with writing(out):
             save_checkpoint(loop.judged, out / config.checkpoint, card)

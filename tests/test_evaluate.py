@@ -21,7 +21,7 @@ from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
-from rsna_seg.files import ConfigError, DataError
+from rsna_seg.files import ConfigError, DataError, ScanError
 from rsna_seg.model import Card, build_model, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scoring.metrics import volume_dice
@@ -83,15 +83,18 @@ def test_a_grid_that_is_no_square(tmp_path):
         assert np.allclose(*both, atol=0.02, rtol=1e-3, equal_nan=True)
 
 
-def test_organs_that_are_not_to_be_judged(world):
+def test_organs_that_are_not_to_be_judged(world, tmp_path):
     from rsna_seg.ct.cases import SourceConfig
 
     checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
     volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes
     assert set(volumes.organ[volumes.state == "not labelled"]) == {"left_kidney", "right_kidney", "bowel"}
+    packed = evaluate(checkpoint, shutil.make_archive(tmp_path / "k", "zip", world / "kaggle"), device="cpu", source=source)
+    pd.testing.assert_frame_equal(packed.volumes, volumes)
+    assert packed.about["data"]["source"] == str(tmp_path / "k.zip") and packed.skipped.empty
     few = score_masks(world / "tool", world / "true", labelled=("bowel",)).volumes
     assert set(few.organ[few.state != "not labelled"]) == {"bowel"}
-    with pytest.raises(DataError, match="does not fit the name"):
+    with pytest.raises(DataError, match="such as c0 from which no patient can be read"):
         score_masks(world / "tool", world / "true", pattern=r"(?P<patient>p\d+)_.*")
 
 
@@ -190,9 +193,9 @@ def test_a_file_for_each_organ(world, tmp_path):
 def test_masks_that_are_no_pairs(world, tmp_path):
     (tmp_path / "a").mkdir()
     shutil.copy(world / "true" / "c0.nii", tmp_path / "a" / "other.nii.gz")
-    with pytest.raises(DataError, match="no cases of the same names"):
+    with pytest.raises(DataError, match="4 true masks and 1 predictions, but none of the same name, such as c0 and other"):
         score_masks(tmp_path / "a", world / "true")
-    with pytest.raises(DataError, match="holds no NIfTI masks"):
+    with pytest.raises(ScanError, match="nothing does not exist"):
         score_masks(tmp_path / "nothing", world / "true")
 
 
