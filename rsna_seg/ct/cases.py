@@ -155,6 +155,8 @@ def _by_words(names, others, may_go=None):
 def _partners(scans, masks):
     "The name of each scan's mask: the same, or the same without the words of one side only."
     same = {name: name for name in scans if name in masks}
+    if len(same) == min(len(scans), len(masks)):
+        return same
     ours, theirs = _by_words(scans, masks, _IMAGE_OR_MASK), _by_words(masks, scans)
     found = {name: theirs[key] for key, name in ours.items() if key in theirs}
     unique = len(ours) == len(scans) and len(theirs) == len(masks)
