@@ -128,7 +128,6 @@ def _parse(names, pattern, folder):
     raise DataError(
         f"{folder} has names such as {stray} from which no patient can be read, and the split"
         " needs patients: give --pattern with a regular expression for the path below it, such as"
-        r" '(?P<patient>[^_]+)_(?P<series>[^_]+)_(?P<slice>\d+)' or"
         r" 'case(?P<patient>\d+)/(?P<slice>\d+)'."
     )
 
@@ -398,5 +397,4 @@ def find_source(
             both = f"{case_name(one)}, {one.scan} and {other.scan}"
             raise DataError(f"{source} has two series {both}; rename one of them.")
     labelled = tuple(key for key in ALL_ORGANS if key in (config.labelled or recognised.labelled))
-    notes = *notes, *recognised.notes
-    return replace(recognised, cases=cases, labelled=labelled, notes=notes)
+    return replace(recognised, cases=cases, labelled=labelled, notes=(*notes, *recognised.notes))
