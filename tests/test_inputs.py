@@ -497,8 +497,8 @@ def test_a_table_in_a_file(study, tmp_path):
         "path,name\n,ann\n": "line 2: the path is empty",
         "path\n": "lists no scan",
         "path,name\na/ct,b,c\n": "Expected 2 fields in line 2, saw 3",
-        "path,spacing\na/ct,5 0.8\n": "line 2: the spacing 5 0.8 is not three",
-        "path,spacing\na/ct,5 0.8 -1\n": "line 2: the spacing",
+        "path,spacing\na/ct,5 0.8\n": "line 2: The spacing 5 0.8 is not three",
+        "path,spacing\na/ct,5 0.8 -1\n": "line 2: The spacing",
     }.items():
         with pytest.raises(DataError) as told:
             table(text)

@@ -23,11 +23,11 @@ from .many import Job, predict_many
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
-from ..ct.scan import to_square, window
 from ..ct.series import list_series
 from ..data import PrepareConfig, prepare
 from ..engines.engines import forget_engines
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
+from ..engines.slices import squares_of
 from ..evaluate import evaluate, score_masks
 from ..files import ConfigError
 from ..finetune import FinetuneConfig, finetune
@@ -262,6 +262,8 @@ def _predict_scans(command):
     out = command.out
     checkpoints = tuple(str(path) for path in (command.checkpoint, *command.also))
     job = Job(checkpoints, str(out), command.config, command.outputs, command.probabilities)
+    cards = [load_checkpoint(path)[1] for path in checkpoints]
+    print("".join(f"{note}\n" for card in cards for note in card.notes), end="")
     volumes, findings, failed = predict_many(job, command.scan, command.jobs)
     scans = volumes.scan.nunique() if len(volumes) else 0
     print(f"{scans} scans segmented, {len(failed)} left out: {out / 'volumes.csv'}")
@@ -300,11 +302,8 @@ class Predict:
 def _network_slices(path, card, count=8):
     "Some slices of a scan, spread evenly, as the network is given them."
     with opened(path, level=card.level, width=card.width) as scan:
-        grey = [to_square(window(hu, card.level, card.width), card.size) for hu in scan.hu]
-    chosen = np.linspace(0, len(grey) - 1, min(count, len(grey))).round().astype(int)
-    if card.channels == "neighbours":
-        chosen = np.clip(chosen[:, None] + [-1, 0, 1], 0, len(grey) - 1)
-    return np.stack(grey)[chosen]
+        z = np.linspace(0, len(scan.hu) - 1, count).round().astype(int)
+        return squares_of(scan.hu, np.unique(z), card).numpy()
 
 # %% ../../nbs/app/01_commands.ipynb #617b587d
 _FORMATS = (*FORMATS, "huggingface")
@@ -322,6 +321,7 @@ class Export:
 
     def run(self):
         card = load_checkpoint(self.checkpoint)[1]
+        print("".join(f"{note}\n" for note in card.notes), end="")
         if graphs := tuple(name for name in self.formats if name != "huggingface"):
             images = self.scan and _network_slices(self.scan, card)
             table = export_model(self.checkpoint, self.out, graphs, images)

@@ -28,7 +28,6 @@ from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
 from ..files import ConfigError, DataError, cache_folder, whole_file
 from ..finetune import FinetuneConfig, finetune
-from ..model import imagenet_file
 from ..predict import Predictor, save_segmentation
 from ..report.evaluation import write_evaluation
 from ..scoring.metrics import volume_dice
@@ -55,16 +54,6 @@ class DemoConfig:
 
 
 _AUGMENT = AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate_limit=15)
-
-# %% ../../nbs/app/02_demo.ipynb #91e0a602
-def _encoder_weights():
-    "ImageNet weights if they can be had, else random ones and a line that says so."
-    try:
-        imagenet_file()
-        return "imagenet"
-    except ConfigError:
-        print("ImageNet weights cannot be downloaded: the demo starts from random weights.")
-        return "none"
 
 # %% ../../nbs/app/02_demo.ipynb #32ad620e
 def _predict_unseen(kaggle, checkpoint, out):
@@ -117,9 +106,8 @@ def demo(
     with _stage(seconds, "prepare", "from DICOM and NIfTI to PNG slices, split by patient"):
         settings = PrepareConfig(size=c.size, seed=c.seed, jobs=1)
         prepare(out / "kaggle", out / "data", config=settings)
-    with _stage(seconds, "train", f"{c.epochs} epochs, without flips; the recipe has 30"):
-        weights = _encoder_weights()
-        settings = TrainConfig(**shared, epochs=c.epochs, lr=3e-3, encoder_weights=weights)
+    with _stage(seconds, "train", f"{c.epochs} epochs from random weights, without flips"):
+        settings = TrainConfig(**shared, epochs=c.epochs, lr=3e-3, encoder_weights="none")
         first = train(out / "data", out / "first", settings)
     with _stage(seconds, "finetune", f"{c.refine} epochs from {first.checkpoint.name}"):
         settings = FinetuneConfig(**shared, epochs=c.refine, lr=1e-3)

@@ -19,8 +19,7 @@ import pandas as pd
 
 from .dicom import assemble, read_scan
 from rsna_seg.ct.find import (
-    GIVE, PNG_PAIRS, find_layout, kaggle_series, no_scan, reading, scan_kinds, scan_places,
-    unpacked,
+    KAGGLE, PNG_PAIRS, find_layout, no_scan, reading, scan_kinds, scan_places, unpacked,
 )  # fmt: skip
 from .png import read_png
 from .scan import Grid, Scan, hu_doubts, on_grid
@@ -105,7 +104,8 @@ def _spacing_of(numbers):
     except (TypeError, ValueError):
         spacing = np.zeros(0)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and spacing.min() > 0):
-        raise ConfigError(f"The spacing {numbers} is not three positive mm: z, rows, columns.")
+        given = " ".join(numbers) if isinstance(numbers, list) else numbers
+        raise ConfigError(f"The spacing {given} is not three mm above 0: z, rows, columns.")
     return spacing
 
 # %% ../../nbs/ct/09_inputs.ipynb #34ccafd0
@@ -136,8 +136,7 @@ def png_scan(
 def _one_folder(files, path):
     "The PNGs directly in a folder, or in the only one below that has some; raises `ScanError`."
     folders = list(dict.fromkeys(file.parent for file in files))
-    layout = find_layout(path)
-    pairs = layout and layout.kind == PNG_PAIRS
+    pairs = (layout := find_layout(path)) and layout.kind == PNG_PAIRS
     if pairs or path not in folders and folders[1:]:
         names = ", ".join(folder.name for folder in folders[:2]) + " and more" * (len(folders) > 2)
         raise ScanError(f"{path} holds PNGs in {names}; give the folder of one scan.")
@@ -145,9 +144,7 @@ def _one_folder(files, path):
     return [file for file in files if file.parent == here]
 
 # %% ../../nbs/ct/09_inputs.ipynb #ff0e3627
-def scan_name(
-    path: Path,
-) -> str:
+def scan_name(path: Path) -> str:
     "The name of a scan's file or folder, without what says its kind."
     name = Path(os.path.abspath(path)).name
     return re.sub(r"(_0000)?\.(nii|nii\.gz|dcm|png|zip)$", "", name, flags=re.IGNORECASE) or "scan"
@@ -217,9 +214,7 @@ def read_input(
     return replace(scan, source=replace(scan.source, files=(), pictures=()))
 
 # %% ../../nbs/ct/09_inputs.ipynb #9f2c8d45
-def folder_name(
-    text: str,
-) -> str:
+def folder_name(text: str) -> str:
     "The text as a name for a folder on any system: letters, digits, dot, dash and underscore."
     return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:120] or "scan"
 
@@ -264,10 +259,10 @@ def _scan_rows(root):
             rows.append({"path": path, "series": uid, "number": number, "spacing": None})
             if uid:
                 by_uid[uid] = rows[-1]
-    if kaggle_series(root):
+    layout = find_layout(root)
+    if layout and layout.kind == KAGGLE:
         names = ["_".join(row["path"].parts[-2:]) for row in rows]
     else:
-        layout = find_layout(root) if root.is_dir() else None
         names = _names(rows, layout.scans if layout else root)
     return [row | {"name": name} for row, name in zip(rows, names)]
 
@@ -297,15 +292,9 @@ def _read_table(path):
 def _spacing(text, where):
     "Three numbers of mm, or None; raises `DataError`."
     try:
-        numbers = tuple(float(number) for number in re.split(r"[\s,;x]+", text)) if text else None
-    except ValueError:
-        numbers = ()
-    if numbers is not None and (len(numbers) != 3 or not all(0 < n < np.inf for n in numbers)):
-        raise DataError(
-            f"{where}: the spacing {text} is not three numbers of mm along z, rows and columns,"
-            " such as 5 0.8 0.8."
-        )
-    return numbers
+        return tuple(_spacing_of(re.split(r"[\s,;x]+", text)).tolist()) if text else None
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from error
 
 # %% ../../nbs/ct/09_inputs.ipynb #d21f2c5f
 def _csv_rows(path):
@@ -336,8 +325,6 @@ def scan_table(
     "The scans that are there, for `read_input` one by one; raises `DataError` or `ScanError`."
     source = Path(source)
     with reading(source):
-        if not source.exists():
-            raise ScanError(f"{source} does not exist; {GIVE}, or a CSV file of scans.")
         table = source.is_file() and source.suffix.lower() == ".csv"
         rows = _csv_rows(source) if table else _scan_rows(source)
         if not rows:
