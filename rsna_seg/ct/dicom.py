@@ -13,9 +13,8 @@ import numpy as np
 from nibabel.orientations import io_orientation
 from pydicom.pixels import pixel_array
 
-from .labels import LabelMap, label_map
+from .labels import LabelMap, label_map, segment_class
 from .nifti import add_organ, nifti_format, nifti_scan
-from .organs import ORGANS
 from rsna_seg.ct.scan import (
     LPS_RAS, Grid, Scan, empty_volume, even_positions, hu_doubts, in_source_order, slice_normal,
     to_hu,
@@ -196,45 +195,32 @@ def read_scan(
         raise ScanError(f"{path} holds {what}; put each into a folder of its own.")
     return assemble(*series.values(), notes, path)
 
-# %% ../../nbs/ct/05_dicom.ipynb #da773193
-_SIDES = {"7771000": 1, "24028007": -1}  # SNOMED CT: left, right
-
-
-def _segment_class(segment, labels, path):
-    "The class of a segment by its code, else by its label; raises `DataError`."
-    from highdicom.sr import CodedConcept
-
-    kind = segment.segmented_property_type
-    items = kind.get("SegmentedPropertyTypeModifierCodeSequence") or ()
-    modifiers = [CodedConcept.from_dataset(item) for item in items]
-    side = sum(s for code, s in _SIDES.items() if CodedConcept(code, "SCT", "-") in modifiers)
-    for organ in ORGANS:
-        both_sides = [organ.paired] if organ.paired and side == organ.side else []
-        if kind in [CodedConcept(code, "SCT", "-") for code in (*organ.snomed, *both_sides)]:
-            return organ.id
-    return labels.class_of(segment.segment_label, path)
-
 # %% ../../nbs/ct/05_dicom.ipynb #7b0b32d9
+_OF_SEG = (
+    "SegmentSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelData"
+).split()
+
+
 def _open_seg(path, labels):
-    "highdicom's object for a SEG of bit planes, and the class of each segment; raises `ScanError`."
-    from highdicom.seg import Segmentation  # slow to import, and most scans have no SEG
+    "A SEG of bit planes as highdicom's image, and the class of each segment; raises `ScanError`."
+    from highdicom import Image  # slow to import, and most scans have no SEG
 
     dataset = read_dicom(Path(path))
     if dataset is None or dataset.get("Modality") != "SEG":
         raise ScanError(f"{path} is not a DICOM SEG.")
     if (kind := dataset.get("SegmentationType")) != "BINARY":
         raise ScanError(f"{path} holds {kind} segments; export it with binary ones.")
+    if missing := [keyword for keyword in _OF_SEG if not dataset.get(keyword)]:
+        raise ScanError(f"{path}, a DICOM SEG, has no {' and no '.join(missing)}; export it again.")
+    if len(dataset.PerFrameFunctionalGroupsSequence) != dataset.get("NumberOfFrames"):
+        raise ScanError(f"{path}, a DICOM SEG, places some of its frames only; export it again.")
     with parsing(path):
-        seg = Segmentation.from_dataset(dataset, copy=False)
-        segments = seg.SegmentSequence
-        return seg, {int(s.segment_number): _segment_class(s, labels, path) for s in segments}
+        segments, seg = dataset.SegmentSequence, Image.from_dataset(dataset, copy=False)
+        return seg, {int(s.SegmentNumber): segment_class(s, labels, path) for s in segments}
 
 # %% ../../nbs/ct/05_dicom.ipynb #25efc5ed
-def seg_classes(
-    path: str | Path,  # a DICOM SEG
-    labels: LabelMap = label_map("rsna"),  # from a segment's label, where its code does not tell
-) -> dict:  # segment number -> class id, 0 for what is no organ of ours
-    "What the segments show; raises `ScanError` or `DataError`."
+def seg_classes(path: str | Path, labels: LabelMap = label_map("rsna")) -> dict:
+    "The class id of each segment, 0 for none of ours; raises `ScanError` or `DataError`."
     return _open_seg(path, labels)[1]
 
 # %% ../../nbs/ct/05_dicom.ipynb #c655c05c
