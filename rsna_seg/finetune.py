@@ -42,11 +42,11 @@ def finetune(
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
     model, card = load_checkpoint(checkpoint)
-    if card.channels != config.channels:
-        raise ConfigError(
-            f"{checkpoint} was trained with --channels {card.channels}, not {config.channels};"
-            f" fine-tune it with --channels {card.channels}."
-        )
     if card.notes and os.environ.get("RANK", "0") == "0":
         print(*card.notes, sep="\n")
+    if card.channels != config.channels:
+        raise ConfigError(
+            f"{checkpoint} takes --channels {card.channels}, not {config.channels};"
+            f" fine-tune it with --channels {card.channels}."
+        )
     return fit(model, data, out, config, file_sha256(checkpoint), card.labelled, watch)

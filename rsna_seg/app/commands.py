@@ -40,7 +40,6 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from ..scoring.intervals import interval_table, patient_means
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #db430269
@@ -121,8 +120,8 @@ def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
     if os.environ.get("RANK", "0") == "0":
         save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-        best = f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}"
-        print(f"{best}: {run.checkpoint}")
+        best, score = run.best.epoch, run.best.valid_dice
+        print(f"best epoch {best:.0f}, Dice of pooled pixels {score:.3f}: {run.checkpoint}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -178,10 +177,7 @@ def _score(command, judge):
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     report = write_evaluation(result, command.out)
-    columns = {"mean": "Dice", "low": "95 % from", "high": "to", "n": "patients"}
-    dice = interval_table(patient_means(result.volumes, "dice")).rename(columns=columns)
-    print("mean over patients", dice.round(3).to_string(), sep="\n")
-    print(*result.about["notes"], f"report: {report}", sep="\n")
+    print("Dice, mean over patients", result, *result.about["notes"], f"report: {report}", sep="\n")
     return _name_skipped(result.skipped)
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
@@ -238,8 +234,7 @@ class Compare:
     def run(self):
         result = compare(self.a, self.b, self.names)
         report = write_comparison(result, self.out)
-        print(result.tables["dice"].round(4).to_string(), *result.left_out, sep="\n")
-        print(f"report: {report}")
+        print(result, *result.left_out, f"report: {report}", sep="\n")
 
 # %% ../../nbs/app/01_commands.ipynb #eb2bdab2
 def _predict_scan(command):

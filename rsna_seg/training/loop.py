@@ -11,7 +11,6 @@ __all__ = ['start_accelerator', 'rising_decay', 'exempt_depthwise', 'Loop', 'sha
 import math
 import os
 import sys
-import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..files import ConfigError, TrainingError, whole_file, writing
-from ..model import SegLoss, as_input, has_bf16, keep_memory, marginal_logits, write_tensors
+from rsna_seg.model import (
+    SegLoss, as_input, has_bf16, keep_memory, marginal_logits, read_stored, write_tensors,
+)  # fmt: skip
 from ..scoring.metrics import Confusion, merge_unlabelled
 
 # %% ../../nbs/training/00_loop.ipynb #c024be26
@@ -332,11 +333,7 @@ def load_state(
     states = [path for path in _states(out) if path.exists()]
     for path in states:
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
-            if damaged:
-                raise zipfile.BadZipFile(f"{damaged} in it is not what was written")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read_stored(path)
         except Exception as error:  # zip, pickle and torch each have their own
             reason = str(error).partition("\n")[0]
             print(f"{path} cannot be read ({reason}).", file=sys.stderr)
