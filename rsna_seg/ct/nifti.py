@@ -80,8 +80,8 @@ def _grid_of(header, path):
     header["pixdim"][1:4][stated == 0] = 1
     affine = np.asarray(header.get_best_affine(), dtype=float)
     mm = np.linalg.norm(affine[:3, :3], axis=0)
-    angles = abs(np.linalg.det(affine[:3, :3] / mm)) if np.isfinite(affine).all() and mm.all() else 0
-    if angles < 1e-3:  # two axes run the same way, or nowhere
+    sound = np.isfinite(affine).all() and mm.all()
+    if not sound or abs(np.linalg.det(affine[:3, :3] / mm)) < 1e-3:  # two axes run the same way
         raise ScanError(f"{path} has no usable affine, so its place in the patient is unknown.")
     sform, qform = header["sform_code"] > 0, header["qform_code"] > 0
     placed = (sform or qform) and not np.array_equal(affine, np.eye(4))
