@@ -309,7 +309,7 @@ def _matched(predicted, truth, scans):
 def _judge_masks(judge, predicted, true):
     "Judges the masks of a case; the true mask is the grid, the prediction is turned onto it."
     if predicted is None:
-        raise DataError(f"{true.masks[0]} has no prediction of that name.")
+        raise DataError(f"{true.masks[0]} has no prediction.")
     grid = read_scan(true.scan, true.files)
     masks = predicted.mask_on(grid), _labelled_only(true.mask_on(grid), judge)
     with _volume(judge, true, grid, masks[1]) as judged:
@@ -342,6 +342,6 @@ def score_masks(
         cases, matching, notes = _matched(tool, true, ct)
         _each(judge, cases.values(), "case", lambda c: _judge_masks(judge, matching[c.series], c))
     data = {name: str(path) if path else None for name, path in folders.items()}
-    notes = [*true.notes, *tool.notes, *notes]
+    notes = [*dict.fromkeys((*true.notes, *tool.notes, *notes))]
     about = {"models": [], "part": "all cases", "notes": notes, "data": data}
     return judge.result(about, pictures)

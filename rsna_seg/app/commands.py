@@ -212,8 +212,8 @@ class Evaluate:
 class Score:
     "Score masks that another tool has made, NIfTI against NIfTI, and write a report."
 
-    predicted: _path("PREDICTED")  # a folder of masks: CASE.nii.gz, or CASE/ORGAN.nii.gz
-    truth: _path("TRUTH")  # a folder of true masks of the same names
+    predicted: _path("PREDICTED")  # masks, in a folder or zip: CASE.nii.gz, CASE/ORGAN.nii.gz
+    truth: _path("TRUTH")  # true masks of these names, alone or as `prepare` takes them
     out: _path("OUT")  # the report's folder
     scans: Path | None = None  # the CT as NIfTI with the same names, for the pictures
     # what the predicted numbers mean: rsna, totalsegmentator, amos, btcv, flare22 or a JSON file

@@ -277,7 +277,7 @@ def _organ_sections(result, scores, drawn):
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
     means = "Means over patients."
     if scores["dice"].low.count():
-        means += " Brackets: 95 % interval, all such patients (Gaffke 2005); mm and ml have none."
+        means += " Brackets: 95 % interval (Gaffke 2005): one more patient might have 0, or 1."
     text = f"{means} “patients” counts those with a Dice; distances need a found organ, too."
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,
