@@ -27,6 +27,7 @@ def without_bars(outputs):
 
 
 os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore", OPENCV_LOG_LEVEL="ERROR")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # pages show what a processor gives
 for path in map(Path, sys.argv[1:]):
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from rsna_seg.app.many import Job, predict_many
 from rsna_seg.augment import Augment
 from rsna_seg.ct.inputs import read_input
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
@@ -185,20 +186,34 @@ def look_at_machine(work, data):
 # 2. Half precision against float32
 
 
+def cosine(one, other):
+    return torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=0).item()
+
+
 def compare_precisions(work, data):
-    "Losses and first gradients of half precision against float32, and steps that are not finite."
-    batches, curves, first = read_batches(work, data, work.steps), {}, {}
-    for precision in (work.half, "no"):
-        with exact_float32():
+    """Losses and gradients of half precision against float32, and steps that are not finite.
+
+    BatchNorm multiplies the rounding of a random network: float16 on a processor gave a cosine of 0.987 to 0.991 for its first
+    gradients at 128 and 256 pixels, and 0.9999 after 15 steps. So the two have different limits.
+    """
+    batches = read_batches(work, data, work.steps, min(work.batch, 16))  # float32 needs twice the memory
+    curves, first, later = {}, {}, {}
+    with exact_float32():
+        for precision in (work.half, "no"):
             loop = new_loop(work, precision)
             done = [one_step(loop, [batch]) for batch in batches]
-        curves[precision], first[precision] = np.array([loss for loss, *_ in done]), done[0][1].double()
-    cosine = torch.nn.functional.cosine_similarity(first[work.half], first["no"], dim=0).item()
-    findings = [
+            curves[precision], first[precision] = np.array([loss for loss, *_ in done]), done[0][1]
+        trained = copy.deepcopy(loop.network.state_dict())
+        for precision in (work.half, "no"):
+            loop = new_loop(work, precision)
+            loop.network.load_state_dict(trained)
+            later[precision] = one_step(loop, batches[:1])[1]
+    return [
         at_most(f"losses of {work.steps} steps, {work.half} against float32", abs(curves[work.half] - curves["no"]).max(), 0.01),
-        at_least("cosine of the first gradients", cosine, 0.999),
-    ]
-    return findings + check_bad_steps(work, batches[0])
+        at_least("cosine of the first gradients", cosine(*first.values()), 0.98),
+        at_least(f"cosine of the gradients after {work.steps} steps", cosine(*later.values()), 0.999),
+        *check_bad_steps(work, batches[0]),
+    ]  # fmt: skip
 
 
 def check_bad_steps(work, batch):
@@ -424,8 +439,7 @@ def measure_speed(work, data):
     guess = on_card(work, data, 4 * work.batch)
     count = max(4, round(guess * work.seconds / (4 * work.batch)) * 4) * work.batch
     ours, waited, memory, loop = our_epoch(work, data, count)
-    card = torch.nn.Module.cpu(copy.deepcopy(loop.network))
-    save_checkpoint(card, work.folder / "trained.pth", Card(size=work.size))
+    save_checkpoint(loop.network, work.folder / "trained.pth", Card(size=work.size))
     del loop
     plain, held = plain_epoch(work, data, count), on_card(work, data, count)
     slices = SliceDataset(data, "train", work.size, Augment())
@@ -490,28 +504,36 @@ def check_counts(work, data):
     torch.manual_seed(0)
     truth = torch.randint(0, len(CLASSES), (4, work.size, work.size), dtype=torch.uint8)
     shares = (3 * torch.randn(4, len(CLASSES), work.size, work.size)).softmax(1)
-    matrices, curves = [], []
+    matrices, curves, areas = [], [], []
     for device in ("cpu", work.device):
         confusion, roc = Confusion(device), RocHistogram()
         confusion.update(shares.argmax(1).to(device), truth.to(device))
         roc.update(shares.to(device), truth.to(device))
         matrices.append(confusion.matrix())
         curves.append(torch.stack([each.counts.cpu() for each in roc.classes]))
+        areas.append(roc.auc())
     moved = (curves[0] - curves[1]).abs().sum().item() / 2 / curves[0].sum().item()
     return [
         is_so("confusion matrix as on the processor", (matrices[0] == matrices[1]).all()),
-        at_most("share of ROC's scores in another bin", moved, 1e-3),
-    ]
+        is_so("as many scores of each class as on the processor", torch.equal(*(curve.sum(1) for curve in curves))),
+        at_most("AUC, card against processor", abs(areas[0] - areas[1]).max(), 1e-5),
+        Finding("share of scores that rounding puts into another bin", moved),
+    ]  # fmt: skip
 
 
 # 8. Prediction and evaluation
 
 
+def trained(work):
+    "The checkpoint of the speed's training, or of a random network."
+    if not (work.folder / "trained.pth").exists():
+        save_checkpoint(new_loop(work, "no").network, work.folder / "trained.pth", Card(size=work.size))
+    return work.folder / "trained.pth"
+
+
 def check_prediction(work, data):
     "The same scan and the same evaluation on the processor and on the card, and where the time goes."
-    if not (work.folder / "trained.pth").exists():
-        save_checkpoint(new_loop(work, "no").network.cpu(), work.folder / "trained.pth", Card(size=work.size))
-    checkpoint, [series, *_] = work.folder / "trained.pth", sorted((work.folder / "kaggle" / "train_images").glob("*/*"))
+    checkpoint, [series, *_] = trained(work), sorted((work.folder / "kaggle" / "train_images").glob("*/*"))
     start = time.perf_counter()
     scan = read_input(series)
     reading = time.perf_counter() - start
@@ -567,7 +589,7 @@ else:
 
 
 def check_several(work, data):
-    "The same training by one process, by two, and from a notebook."
+    "The same training by one process, by two, and from a notebook; then scans with two jobs."
     if work.gpu and torch.cuda.device_count() < 2:
         return [Finding("several GPUs", "there is one")]
     script = work.folder / "run.py"
@@ -585,8 +607,11 @@ def check_several(work, data):
             continue
         losses[name] = pd.read_csv(out / "history.csv").train_loss
     if "one" in losses:
-        findings += [at_most(f"loss of {name} against one process", (losses[name] - losses["one"]).abs().max(), 0.02) for name in losses if name != "one"]
-    return findings
+        others = [name for name in losses if name != "one"]
+        findings += [at_most(f"loss of {name} against one process", (losses[name] - losses["one"]).abs().max(), 0.02) for name in others]
+    job = Job((str(trained(work)),), str(work.folder / "many"), PredictConfig(device=None if work.gpu else "cpu"), ("nifti",))
+    *_, failed = predict_many(job, work.folder / "kaggle" / "train_images", jobs=2)
+    return [*findings, is_so("many scans with two jobs", failed.empty)]
 
 
 PARTS = {
