@@ -9,7 +9,6 @@ __all__ = ['LANDMARKS', 'ENCODINGS', 'png_pixels', 'read_png', 'Window', 'find_l
 # %% ../../nbs/ct/03_png.ipynb #ea674931
 import io
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from itertools import combinations
@@ -163,10 +162,10 @@ def judge_window(
     return Window(level, width, sure, f"The window of these PNGs {notes[sure]}; {how}.")
 
 # %% ../../nbs/ct/03_png.ipynb #31f264d2
-def grey_counts(files: Iterable[Path]) -> np.ndarray:  # (256,)
-    "How many pixels of PNG slices have each grey value; damaged ones are left out."
+def grey_counts(files: list[Path]) -> np.ndarray:  # (256,)
+    "How many pixels of 200 PNG slices or fewer have each grey value; damaged ones are left out."
     counts = np.zeros(256, int)
-    for file in files:
+    for file in files[:: 1 + len(files) // 200]:
         with suppress(DataError):
             counts += np.bincount(read_png(file).ravel(), minlength=256)
     return counts
