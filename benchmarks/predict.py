@@ -25,7 +25,7 @@ from rsna_seg.ct.organs import ALL_ORGANS, CLASSES, ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_series
 from rsna_seg.ct.scan import window
 from rsna_seg.engines.graph import export_onnx
-from rsna_seg.model import ENCODER, Card, as_input, build_model, has_bf16, load_checkpoint, read_card, save_checkpoint
+from rsna_seg.model import ENCODER, Card, as_input, build_model, has_bf16, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor, plan_work, save_segmentation
 
 SIZE, BATCH, SLICES, ROUNDS = 512, 4, 24, 5  # pixels of the usual network; slices at once and of a scan
@@ -42,7 +42,7 @@ def arguments():
     parser.add_argument("--checkpoint", type=Path, help="weights; if not given, some that are fitted to a phantom at 512 pixels")
     args = parser.parse_args()
     if args.checkpoint:
-        card = read_card(args.checkpoint)
+        card = load_checkpoint(args.checkpoint)[1]
         if card.channels != "copies" or list(card.labelled) != list(ALL_ORGANS):
             parser.error(f"{args.checkpoint} sees neighbouring slices or knows only some organs, as none of the peers does")
     return args
@@ -123,7 +123,7 @@ def ours(checkpoint):
 
 def peer(way, checkpoint):
     "The tutorial's path with one of the others' networks."
-    infer, card = snippet(checkpoint) if way == SNIPPET else runtime(way, checkpoint), read_card(checkpoint)
+    infer, card = snippet(checkpoint) if way == SNIPPET else runtime(way, checkpoint), load_checkpoint(checkpoint)[1]
     return lambda series, out: tutorial(series, out, infer, card)
 
 
@@ -185,7 +185,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
         checkpoint = args.checkpoint or fitted_weights(folder / "weights.pth")
-        card = read_card(checkpoint)
+        card = load_checkpoint(checkpoint)[1]
         write_phantom(scans["phantom"], card.size)
         if args.scan:
             scans["real CT"] = folder / "real"

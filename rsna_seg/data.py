@@ -10,7 +10,6 @@ __all__ = ['balanced_draw', 'check_patients', 'add_split', 'PrepareConfig', 'pre
 import math
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
-from .ct.find import unpack
+from .ct.find import file_kind, unpacked
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
 from .ct.store import SliceData, Store, is_finished, open_data, put_all
-from .files import ConfigError, DataError, OutputError, writing
+from .files import ConfigError, DataError, OutputError, ScanError, writing
 
 # %% ../nbs/00_data.ipynb #07a80d3b
 def balanced_draw(
@@ -54,13 +53,15 @@ def balanced_draw(
 def check_patients(
     patients: list[str],
     valid: float,  # share of them for validation
+    notes: list[str] = (),  # on what was left out
 ):
     "Raises `DataError` if there are too few patients for a validation share."
     if valid > 0 and len(set(patients)) < 2:
-        raise DataError(
+        what = (
             "There is one patient only, and a patient cannot be in training and validation at once:"
             " prepare with --valid 0 to use all slices for training, or add patients."
         )
+        raise DataError(" ".join([what, *notes]))
 
 # %% ../nbs/00_data.ipynb #e641b0d2
 def add_split(
@@ -68,6 +69,7 @@ def add_split(
     valid: float = 0.1,  # share of patients for validation, 0..1; at least one patient unless 0
     folds: int = 5,  # at most one for each patient
     seed: int = 0,  # of the draws
+    notes: list[str] = (),  # on what was left out, if there are too few patients
 ) -> pd.DataFrame:
     "The manifest with columns split (train, valid; none without a mask) and fold."
     masked = manifest["mask"].notna()
@@ -75,7 +77,7 @@ def add_split(
     features = by_patient.agg(slices=("z", "size"), series=("series", "nunique"))
     counts = manifest.loc[masked, [o.key for o in ORGANS]].apply(pd.to_numeric)
     features = features.join(counts.groupby(manifest.patient).max() > 0)  # is the organ there?
-    check_patients(features.index, valid)
+    check_patients(features.index, valid, notes)
     count = 0 if valid == 0 else min(max(1, round(valid * len(features))), len(features) - 1)
     held_out = balanced_draw(features, [len(features) - count, count], seed)
     split = pd.Series(np.array(["train", "valid"])[held_out], features.index)
@@ -120,15 +122,15 @@ def _settings(source, mask, config):
 
 # %% ../nbs/00_data.ipynb #698e3131
 def _look_at(source, mask, config, store):
-    "The cases of the source, a zip file after unpacking it into the store; raises `DataError`."
-    fresh, packed = not store.folder.exists(), source.is_file() and zipfile.is_zipfile(source)
+    "The cases of the source, a zip file after unpacking it into the store; or an `RsnaSegError`."
+    fresh, packed = not store.folder.exists(), source.is_file() and file_kind(source) == "zip"
     try:
         if packed:
             store.begin()
-            source = unpack(source, store.folder / "unpacked", config.all_series)
-        recognised = find_source(source, mask, config)
-        check_patients([case.patient for case in recognised.cases], config.valid)
-    except DataError:
+        with unpacked(source, store.folder / "unpacked", config.all_series) as contents:
+            recognised = find_source(contents, mask, config)
+        check_patients([case.patient for case in recognised.cases], config.valid, recognised.notes)
+    except (DataError, ScanError):
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)
         raise
@@ -144,8 +146,6 @@ def prepare(
 ) -> SliceData:
     "Makes the dataset folder, or finishes or repairs one; raises `DataError` or `OutputError`."
     source, dest = Path(source), Path(dest).resolve()
-    if not source.exists():
-        raise DataError(f"{source} does not exist.")
     store = Store(dest, _settings(source, mask, config))
     if is_finished(store):
         with writing(dest):
@@ -155,7 +155,9 @@ def prepare(
         recognised = _look_at(source, mask, config, store)
         store.begin()
         skipped = put_all(store, recognised, config.jobs)
-        split = partial(add_split, valid=config.valid, folds=config.folds, seed=config.seed)
+        notes = [f"Left out: {reason}" for *_, reason in skipped] + [*recognised.notes]
+        how = {"valid": config.valid, "folds": config.folds, "seed": config.seed, "notes": notes}
+        split = partial(add_split, **how)
         store.finish(recognised, skipped, split)
     except OutputError as error:
         how = "make room and give the same command again"

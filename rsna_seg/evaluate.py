@@ -8,6 +8,7 @@ __all__ = ['evaluate', 'score_masks']
 # %% ../nbs/05_evaluate.ipynb #c9994307
 import itertools
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from rsna_seg.ct.cases import (
-    ScanCase, SourceConfig, compile_pattern, find_source, nifti_names, organs_in_all,
-)  # fmt: skip
+from .ct.cases import ScanCase, SourceConfig, find_source, paired
 from .ct.dicom import read_scan
-from .ct.labels import label_map
-from .ct.organs import ALL_ORGANS, ORGANS, only
+from .ct.find import files_below, first_channels, unpacked
+from .ct.organs import only
 from .ct.png import read_png
 from .ct.scan import off_square, square_grid, window
 from .ct.store import open_data
@@ -187,7 +186,7 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
         judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
         part = open_data(folder, judged_fold)
         _judge_part(judge, model.to(device), card, part, split, batch_size, workers, device)
-        notes += _seen(card, folder, part.part(split))
+        notes += [*card.notes, *_seen(card, folder, part.part(split))]
         parts.append(_part_name(split, judged_fold))
     size = data.info["size"]
     shrunk = data.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
@@ -242,23 +241,31 @@ def _each(judge, cases, unit, judge_case):
 _UNKNOWN = "Scans do not tell whether their patients were in the training: make sure they were not."
 
 
+def _scan_cases(path, *how):
+    "What `find_source` finds in a path; raises `DataError` for slices."
+    found = find_source(path, *how)
+    if not isinstance(found.cases[0], ScanCase):
+        raise DataError(f"{path} holds {found.kind}; make a dataset folder of it first:"
+                        f" rsna_seg prepare {path} DATA")  # fmt: skip
+    return found
+
+
 @torch.inference_mode()
 def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, pictures):
     "Judges a checkpoint on the scans of a source."
-    models, scans = _models(checkpoint), find_source(source, mask, config)
+    models = _models(checkpoint)
     if len(models) > 1:
         raise ConfigError(f"{checkpoint} holds several runs; name one to judge it on {source}.")
-    if not isinstance(scans.cases[0], ScanCase):
-        raise DataError(f"{source} holds {scans.kind}; make a dataset folder of it first:"
-                        f" rsna_seg prepare {source} DATA")  # fmt: skip
-    model, card = load_checkpoint(models[0])
-    engine = make_engine("torch", model, card.size, device)
-    judge = Judge(scans.labelled, tolerance, draw=case_drawer(pictures))
-    with_mask = [case for case in scans.cases if case.masks]
-    _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
+    with unpacked(source) as contents:
+        scans = _scan_cases(contents, mask, config)
+        model, card = load_checkpoint(models[0])
+        engine = make_engine("torch", model, card.size, device)
+        judge = Judge(scans.labelled, tolerance, draw=case_drawer(pictures))
+        with_mask = [case for case in scans.cases if case.masks]
+        _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
     data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None}
     about = {"models": [_about(models[0], card)], "part": "all scans",
-             "notes": [*scans.notes, _UNKNOWN], "data": data}  # fmt: skip
+             "notes": [*scans.notes, *card.notes, _UNKNOWN], "data": data}  # fmt: skip
     return judge.result(about, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #dfeed392
@@ -279,45 +286,40 @@ def evaluate(
     device, data = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(data)
     pictures = Path(pictures) if pictures else None
     is_dataset = (data / "manifest.csv").exists() or data.name.endswith(".unfinished")
-    if is_dataset or not data.exists():
+    if is_dataset:
         how = split, fold, batch_size, workers, device, tolerance, pictures
         return _on_dataset(checkpoint, data, *how)
     return _on_scans(checkpoint, data, mask, source, batch_size, device, tolerance, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #8caa3ddc
-def _mask_cases(folder, labels, scans):
-    "The masks in a folder by case, as cases of `find_source`, and the organs that all show."
-    names, groups = nifti_names(folder), {}
-    known = label_map(labels or "totalsegmentator").names
-    by_organ = any("/" in name and name.split("/")[-1] in known for name in names)
-    for name, path in names.items():
-        groups.setdefault(name.split("/")[0] if by_organ else name, []).append(path)
-    if not groups:
-        raise DataError(f"{folder} does not exist or holds no NIfTI masks, neither files of labels"
-                        " nor folders of a file for each organ.")  # fmt: skip
-    labels = label_map(labels or ("totalsegmentator" if by_organ else "rsna"))
-    cases = {}
-    for name, paths in groups.items():
-        scan = scans.get(name, paths[0])
-        cases[name] = ScanCase(name, name, scan, tuple(sorted(paths)), labels, by_organ=by_organ)
-    if not by_organ:
-        return cases, labels.labelled
-    return cases, organs_in_all([case.masks for case in cases.values()], labels)[0]
+def _matched(predicted, truth, scans):
+    "The true masks, scans being theirs where there are some, the prediction of each, and notes."
+    kinds = "true masks", "predictions", "scans"
+    true, tool = ({case.series: case for case in found.cases} for found in (truth, predicted))
+    matching, notes = paired(true, tool, "Together they", kinds[:2], all_scans=True)
+    if scans:
+        volumes, _ = first_channels(files_below(scans, "NIfTI", notes), true)
+        volumes, _ = paired(true, volumes, scans, kinds[::2], all_scans=True)
+        true = {name: replace(case, scan=volumes[name] or case.scan) for name, case in true.items()}
+    return true, matching, notes
 
 
-def _judge_masks(judge, predicted, true, has_scan):
+def _judge_masks(judge, predicted, true):
     "Judges the masks of a case; the true mask is the grid, the prediction is turned onto it."
-    grid = read_scan(true.scan)
+    if predicted is None:
+        raise DataError(f"{true.masks[0]} has no prediction of that name.")
+    grid = read_scan(true.scan, true.files)
     masks = predicted.mask_on(grid), _labelled_only(true.mask_on(grid), judge)
     with _volume(judge, true, grid, masks[1]) as judged:
         for z in _batches(np.arange(len(grid.hu)), 16):
             prediction, truth = (torch.from_numpy(mask[z]) for mask in masks)
-            judged.add(z, prediction, truth, window(grid.hu[z]) if has_scan else None)
+            grey = None if true.scan in true.masks else window(grid.hu[z])
+            judged.add(z, prediction, truth, grey)
 
 # %% ../nbs/05_evaluate.ipynb #5caf7074
 def score_masks(
-    predicted: str | Path,  # folder of NIfTI masks
-    truth: str | Path,  # folder of NIfTI masks with the same names
+    predicted: str | Path,  # masks as NIfTI: a folder, a zip file of one
+    truth: str | Path,  # true masks of the same names, alone or in a layout that `prepare` knows
     scans: str | Path | None = None,  # folder of the CT as NIfTI with the same names, for pictures
     predicted_labels: str = "",  # what the numbers mean, as for `label_map`; as found if empty
     labels: str = "",  # same, of the truth
@@ -327,35 +329,17 @@ def score_masks(
     pictures: str | Path | None = None,  # folder to draw each volume into
 ) -> Evaluation:
     "Scores masks against masks; broken or missing cases are left out. Raises `RsnaSegError`."
-    volumes = nifti_names(scans) if scans else {}
-    ct = {name.removesuffix("_0000"): path for name, path in volumes.items()}
-    true, shown = _mask_cases(truth, labels, ct)
-    tool, _ = _mask_cases(predicted, predicted_labels, {})
-    if not true.keys() & tool.keys():
-        raise DataError(f"{predicted} and {truth} hold no cases of the same names;"
-                        f" the first are {min(tool)} and {min(true)}.")  # fmt: skip
-    if strange := [key for key in labelled if key not in ALL_ORGANS]:
-        names = ", ".join(ALL_ORGANS)
-        raise DataError(f"{strange[0]} is no organ of ours; labelled can name {names}.")
-    for name, case in true.items() if pattern else ():
-        match = compile_pattern(pattern).fullmatch(name)
-        if not match:
-            raise DataError(f"{case.masks[0]}: the pattern {pattern} does not fit the name {name},"
-                            " so its patient is unknown.")  # fmt: skip
-        true[name] = replace(case, patient=match["patient"])
-    organs = [o.key for o in ORGANS if o.key in (labelled or shown)]
     pictures = Path(pictures) if pictures else None
-    judge = Judge(organs, tolerance, probabilities=False, draw=case_drawer(pictures))
-
-    def judge_case(case):
-        if case.series not in tool:
-            raise DataError(f"{predicted} has no prediction of that name.")
-        _judge_masks(judge, tool[case.series], case, case.series in ct)
-
-    _each(judge, [true[name] for name in sorted(true)], "case", judge_case)
-    more = len(tool.keys() - true.keys())
-    notes = [f"{more} predictions without a true mask were left out."] if more else []
     folders = {"predicted": predicted, "truth": truth, "scans": scans}
+    how = SourceConfig(labels=labels, labelled=labelled, pattern=pattern)
+    with ExitStack() as stack:
+        tool, true, ct = (path and stack.enter_context(unpacked(path)) for path in folders.values())
+        tool = _scan_cases(tool, None, SourceConfig(labels=predicted_labels), True)
+        true = _scan_cases(true, None, how, True)
+        judge = Judge(true.labelled, tolerance, probabilities=False, draw=case_drawer(pictures))
+        cases, matching, notes = _matched(tool, true, ct)
+        _each(judge, cases.values(), "case", lambda c: _judge_masks(judge, matching[c.series], c))
     data = {name: str(path) if path else None for name, path in folders.items()}
+    notes = [*true.notes, *tool.notes, *notes]
     about = {"models": [], "part": "all cases", "notes": notes, "data": data}
     return judge.result(about, pictures)

@@ -6,6 +6,7 @@
 __all__ = ['FinetuneConfig', 'finetune']
 
 # %% ../nbs/04_finetune.ipynb #224ff986
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ def finetune(
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
     model, card = load_checkpoint(checkpoint)
-    has_card = Path(checkpoint).with_suffix(".json").exists()  # a bare file does not say
-    if has_card and card.channels != config.channels:
+    if card.channels != config.channels:
         raise ConfigError(
             f"{checkpoint} was trained with --channels {card.channels}, not {config.channels};"
             f" fine-tune it with --channels {card.channels}."
         )
+    if card.notes and os.environ.get("RANK", "0") == "0":
+        print(*card.notes, sep="\n")
     return fit(model, data, out, config, file_sha256(checkpoint), card.labelled, watch)

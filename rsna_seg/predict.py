@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -80,17 +80,17 @@ class Segmentation:
     def findings(self):
         "What a person should look at, as `check_segmentation` says it."
         trained = None
-        if self.card.spacing:  # of the network's pixels, not the scan's
-            scale = self.card.size / max(self.mask.shape[1:])
-            trained = list(zip(*(np.array(self.card.spacing) * [1, scale, scale])))
+        if self.card.spacing:  # of slices, and of the network's pixels
+            low, high = np.multiply(self.card.spacing, [1, self.card.size, self.card.size]).tolist()
+            trained = high[0], (min(low[1:]), max(high[1:]))
         return check_segmentation(self.mask, self.scan, self.card.labelled, trained, self.facts)
 
     @property
     def notes(self):
-        "Sentences: what is unusual about the scan, and which organs were not looked for."
+        "Sentences: what is unusual about scan and checkpoint, which organs were not looked for."
         others = ", ".join(o.name.lower() for o in ORGANS if o.key not in self.card.labelled)
         never = f"Not looked for, since the network was never taught them: {others}."
-        return [*self.scan.notes, *([never] if others else [])]
+        return [*self.scan.notes, *self.card.notes, *([never] if others else [])]
 
     @property
     def record(self):
@@ -99,16 +99,14 @@ class Segmentation:
         return {n: " and ".join(v) if isinstance(v, list) else v for n, v in made.items()}
 
     def grey(self):
-        "The scan through the network's window, uint8, (z, row, col)."
-        level, width = self.card.level, self.card.width
-        return np.stack([window(plane, level, width) for plane in self.scan.hu])
+        "The scan through the network's window, uint8, (z, row, col), as far as it is looked at."
+        return Windowed(self.scan.hu, self.card.level, self.card.width)
 
     def figure(self):
         "Three planes and a mosaic of slices with the organs in colour."
         from rsna_seg.report.scan import preview  # a second that a mask alone need not wait for
 
-        grey = Windowed(self.scan.hu, self.card.level, self.card.width)
-        return preview(grey, self.mask, self.scan.spacing)
+        return preview(self.grey(), self.mask, self.scan.spacing)
 
     def view(self):
         "The volume in an ipyniivue widget; the figure if ipyniivue is not installed."
@@ -126,7 +124,7 @@ class Windowed:
     "A volume through a window, as far as it is looked at."
 
     def __init__(self, hu: np.ndarray, level: float, width: float):
-        self.hu, self.window = hu, (level, width)
+        self.hu, self.shape, self.window = hu, hu.shape, (level, width)
 
     def __getitem__(self, index):
         return window(self.hu[index], *self.window)
@@ -189,7 +187,7 @@ def shared_card(
             if one != other:
                 what = f"{path} and {paths[0]} differ in {name} ({one} and {other})"
                 raise ConfigError(f"{what}: their answers cannot be averaged.")
-    return cards[0]
+    return replace(cards[0], notes=[note for card in cards for note in card.notes])
 
 # %% ../nbs/06_predict.ipynb #990540d0
 class Predictor:

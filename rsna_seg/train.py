@@ -171,12 +171,12 @@ def _keep(out, loop, data, config, history):
         pd.DataFrame(history).to_csv(part, index=False)
     *before, row = history
     if all(row["valid_dice"] > other["valid_dice"] for other in before):
-        spacing = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
-        scores = {k: v for k, v in row.items() if k.startswith("valid_") and not math.isnan(v)}
+        mm = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
+        mm = mm.dropna() * [1, *2 * [data.info["size"] / config.size]]  # of the network's pixels
         card = Card(
-            config.size, data.info["level"], data.info["width"], channels=config.channels,
-            labelled=loop.taught, config=asdict(config), dataset=data.info["fingerprint"],
-            metrics=scores, spacing=spacing.round(4).dropna().to_numpy().tolist(),
+            config.size, data.info["level"], data.info["width"], dataset=data.info["fingerprint"],
+            channels=config.channels, labelled=loop.taught, spacing=mm.round(4).values.tolist(),
+            config=asdict(config), metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
         )  # fmt: skip
         with writing(out):
             save_checkpoint(loop.judged, out / config.checkpoint, card)

@@ -16,7 +16,7 @@ from rsna_seg.ct.scan import window
 from rsna_seg.data import PrepareConfig, SliceDataset, make_loader, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import ConfigError
-from rsna_seg.model import Card, as_input, build_model, load_checkpoint, read_card, save_checkpoint
+from rsna_seg.model import Card, as_input, build_model, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scoring.metrics import dice, mean_organs, slice_confusions
 from rsna_seg.train import TrainConfig, train
@@ -183,22 +183,23 @@ def test_examples_show_the_slice_itself(world, run, tmp_path):
 
 @pytest.mark.slow
 def test_the_card_says_what_the_network_takes(run, tmp_path):
-    assert read_card(run.checkpoint).channels == "neighbours"
+    assert load_checkpoint(run.checkpoint)[1].channels == "neighbours"
     plain = torch.load(run.checkpoint, weights_only=True)
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in build_model(encoder_weights="none").state_dict().items()}
-    torch.save(plain, tmp_path / "bare.pth")
+    torch.save(dict(plain), tmp_path / "bare.pth")
     assert load_checkpoint(tmp_path / "bare.pth")[1].channels == "copies"
     card = json.loads(run.checkpoint.with_suffix(".json").read_text())
     del card["channels"]
     (tmp_path / "bare.json").write_text(json.dumps(card))
-    assert read_card(tmp_path / "bare.pth").channels == "copies"
+    assert load_checkpoint(tmp_path / "bare.pth")[1].channels == "copies"
     (tmp_path / "bare.json").write_text(json.dumps({"channels": "neighbours"}))
-    assert read_card(tmp_path / "bare.pth").channels == "neighbours"
+    assert load_checkpoint(tmp_path / "bare.pth")[1].channels == "neighbours"
 
 
 def test_other_channels_are_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="copies or neighbours"):
         SliceDataset(data, "train", channels="neighbors")
+    torch.save(build_model(encoder_weights="none").state_dict(), tmp_path / "odd.pth")
     (tmp_path / "odd.json").write_text(json.dumps({"channels": "rgb"}))
-    with pytest.raises(ConfigError, match="odd.json is not the card.*'rgb'"):
-        read_card(tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match="odd.json holds no card.*'rgb'"):
+        load_checkpoint(tmp_path / "odd.pth")[1]

@@ -1,6 +1,5 @@
 "What goes wrong on the command line ends in one sentence, exit code 2, and nothing half-written."
 
-import shutil
 import subprocess
 import sys
 
@@ -116,10 +115,8 @@ def test_checkpoints_that_do_not_fit(world, tmp_path):
     torch.save(other.state_dict(), tmp_path / "resnet.pth")
     torch.save({"model": Harmful(tmp_path / "mark")}, tmp_path / "harmful.pth")
     (tmp_path / "cut.pth").write_bytes((world / "good.pth").read_bytes()[:100_000])
-    shutil.copy(world / "good.pth", tmp_path / "trap.pth")
-    card = (world / "good.json").read_text()
-    trap = card.replace("tu-tf_mobilenetv3_large_100", "tu-mobilenetv3_large_100")
-    (tmp_path / "trap.json").write_text(trap)
+    trap = Card(size=64, encoder="tu-mobilenetv3_large_100")
+    save_checkpoint(build_model(encoder_weights="none"), tmp_path / "trap.pth", trap)
     cases = {
         "resnet": "missing",
         "harmful": "could run code",

@@ -21,8 +21,8 @@ from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate, score_masks
-from rsna_seg.files import ConfigError, DataError
-from rsna_seg.model import Card, build_model, read_card, save_checkpoint
+from rsna_seg.files import ConfigError, DataError, ScanError
+from rsna_seg.model import Card, build_model, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor
 from rsna_seg.scoring.metrics import volume_dice
 from rsna_seg.train import TrainConfig, train
@@ -91,7 +91,7 @@ def test_organs_that_are_not_to_be_judged(world):
     assert set(volumes.organ[volumes.state == "not labelled"]) == {"left_kidney", "right_kidney", "bowel"}
     few = score_masks(world / "tool", world / "true", labelled=("bowel",)).volumes
     assert set(few.organ[few.state != "not labelled"]) == {"bowel"}
-    with pytest.raises(DataError, match="does not fit the name"):
+    with pytest.raises(DataError, match="such as c0 from which no patient can be read"):
         score_masks(world / "tool", world / "true", pattern=r"(?P<patient>p\d+)_.*")
 
 
@@ -103,7 +103,7 @@ def test_a_cross_validation_judges_everybody_once(world, tmp_path):
     table = pd.read_csv(tmp_path / "out" / "per_volume.csv", dtype={"patient": str, "series": str})
     assert set(table.patient) == set(manifest.patient) and found["patients"] == 4 and found["slices"] == len(manifest)
     assert [m["config"]["fold"] for m in found["models"]] == [0, 1] and found["notes"] == []
-    assert found["models"][0]["sha256"] == read_card(world / "runs" / "fold0" / "best_model_512.pth").sha256
+    assert found["models"][0]["sha256"] == load_checkpoint(world / "runs" / "fold0" / "best_model_512.pth")[1].sha256
     assert found["data"]["fingerprint"] == json.loads((world / "data" / "dataset.json").read_text())["fingerprint"]
     alone = evaluate(world / "runs" / "fold1", world / "data", workers=0, device="cpu")
     rows = table.merge(alone.volumes, on=["patient", "series", "organ"])
@@ -190,9 +190,9 @@ def test_a_file_for_each_organ(world, tmp_path):
 def test_masks_that_are_no_pairs(world, tmp_path):
     (tmp_path / "a").mkdir()
     shutil.copy(world / "true" / "c0.nii", tmp_path / "a" / "other.nii.gz")
-    with pytest.raises(DataError, match="no cases of the same names"):
+    with pytest.raises(DataError, match="4 true masks and 1 predictions, but none of the same name, such as c0 and other"):
         score_masks(tmp_path / "a", world / "true")
-    with pytest.raises(DataError, match="holds no NIfTI masks"):
+    with pytest.raises(ScanError, match="nothing does not exist"):
         score_masks(tmp_path / "nothing", world / "true")
 
 

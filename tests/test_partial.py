@@ -19,7 +19,7 @@ from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import DataError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.model import SegLoss, as_input, load_checkpoint, read_card
+from rsna_seg.model import SegLoss, as_input, load_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor, save_segmentation
 from rsna_seg.report.evaluation import write_evaluation
 from rsna_seg.scoring.judge import states
@@ -129,7 +129,7 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
     share["start"] = share_of_bowel(start, data)
     for name in ("three", "five"):
         run = finetune(start, world / name, world / f"run {name}", settings)
-        assert read_card(run.checkpoint).labelled == list(ALL_ORGANS)
+        assert load_checkpoint(run.checkpoint)[1].labelled == list(ALL_ORGANS)
         share[name] = share_of_bowel(run.checkpoint, data)
         bowel[name] = evaluate(run.checkpoint, world / "torso", "train", workers=0).table.Dice["Bowel"]
         assert run.history.valid_dice_bowel.isna().all() and run.best.valid_dice > 0.1
@@ -166,7 +166,7 @@ def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
     "It gives out no other, and says so; where others are labelled, it has missed them."
     settings = TrainConfig(**SHARED, epochs=2, lr=3e-3, encoder_weights="none", fold=0)
     run = train(world / "three", tmp_path / "run", settings)
-    assert read_card(run.checkpoint).labelled == list(OUTLINED)
+    assert load_checkpoint(run.checkpoint)[1].labelled == list(OUTLINED)
     judged = evaluate(run.checkpoint, world / "three", workers=0, fold=0)
     manifest = open_data(world / "three").manifest
     assert set(judged.volumes.patient) == set(manifest.patient[manifest.fold == 0]) and judged.about["part"] == "fold 0"

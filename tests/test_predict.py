@@ -257,9 +257,8 @@ def test_several_checkpoints_are_averaged(net, other, phantom):
 
 
 @pytest.mark.parametrize("card", [{"size": 128}, {"level": 40.0}, {"width": 350.0}, {"channels": "neighbours"}, {"labelled": ["liver"]}])
-def test_unlike_checkpoints_are_not_averaged(tmp_path, net, other, card):
-    (tmp_path / "odd.pth").write_bytes(other.read_bytes())
-    (tmp_path / "odd.json").write_text(json.dumps(vars(Card(**{"size": 96, **card}))))
+def test_unlike_checkpoints_are_not_averaged(tmp_path, net, card):
+    save_checkpoint(build_model(encoder_weights="none"), tmp_path / "odd.pth", Card(**{"size": 96, **card}))
     with pytest.raises(ConfigError, match=rf"odd.pth and .*net.pth differ in {next(iter(card))} .* cannot be averaged\."):
         Predictor([net, tmp_path / "odd.pth"], PredictConfig("torch"))
 
@@ -394,7 +393,7 @@ def rsna_seg(capsys, *words):
 
 MISTAKES = {  # words after the command, and what the sentence holds
     "no checkpoint": (["absent.pth", "ct.nii", "out"], "absent.pth does not exist"),
-    "not a checkpoint": (["notes.pth", "ct.nii", "out"], "notes.pth cannot be read as weights"),
+    "not a checkpoint": (["notes.pth", "ct.nii", "out"], "notes.pth is text and no weights: it begins with 'these are no weights'"),
     "no scan": (["NET", "absent.nii", "out"], "absent.nii does not exist"),
     "not a scan": (["NET", "notes.txt", "out"], "notes.txt is no scan that is known here"),
     "nothing in it": (["NET", "empty", "out"], "empty holds no scan"),

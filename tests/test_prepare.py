@@ -22,7 +22,7 @@ from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
 from rsna_seg.data import PrepareConfig, add_split, balanced_draw, prepare
-from rsna_seg.files import DataError, OutputError
+from rsna_seg.files import DataError, OutputError, ScanError
 
 SMALL = PrepareConfig(size=64, jobs=1)
 
@@ -194,7 +194,7 @@ def test_damaged_zip(tmp_path, kaggle):
     data = bytearray(path.read_bytes())
     data[3000:3100] = bytes(100)
     path.write_bytes(data)
-    with pytest.raises(DataError, match="half.zip cannot be unpacked"):
+    with pytest.raises(ScanError, match="half.zip cannot be unpacked"):
         prepare(path, tmp_path / "data", config=SMALL)
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import unicodedata
+import zipfile
 
 import cv2
 import nibabel as nib
@@ -18,10 +20,12 @@ from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.find import is_one_scan, unpacked
 from rsna_seg.ct.inputs import read_input, scan_table
 from rsna_seg.ct.organs import ORGANS, palette
+from rsna_seg.ct.outputs import save_dicom_seg
 from rsna_seg.ct.phantom import draw_patient, render, write_mask, write_series
 from rsna_seg.ct.scan import window
 from rsna_seg.ct.store import open_data
 from rsna_seg.data import PrepareConfig, prepare
+from rsna_seg.evaluate import score_masks
 from rsna_seg.files import DataError, RsnaSegError
 
 SIZE, SLICES = 64, 10
@@ -106,7 +110,7 @@ def test_png_names_without_a_patient(patients, tmp_path):
     pattern = r"scan(?P<patient>\w+)-(?P<slice>\d+)"
     check(source, patients, PrepareConfig(**SMALL, pattern=pattern), z=False)
     write_png(source / "images" / "scanp9-1.png", np.zeros((4, 4), np.uint8))
-    assert "1 images without a mask left out." in find_source(source, None, SourceConfig(pattern=pattern)).notes
+    assert "Left out of the images, without a partner: scanp9-1." in find_source(source, None, SourceConfig(pattern=pattern)).notes
 
 
 def test_masks_in_another_place(patients, tmp_path):
@@ -335,3 +339,270 @@ def test_a_zip_file_is_opened_for_its_masks_too(patients, tmp_path):
     with pytest.raises(DataError, match="packed.zip holds no masks"), unpacked(packed) as folder:
         (folder / "p0" / "segmentation.nii.gz").unlink()
         find_source(folder)
+
+
+def pairs(folder, patients, image, label, masks="labels"):
+    "NIfTI pairs with names of their own for images and masks, of three patients numbered from 1."
+    for number, (hu, mask, affine) in enumerate(patients.values(), 1):
+        write_mask(folder / "images" / f"{image.format(number)}.nii.gz", hu, affine)
+        write_mask(folder / masks / f"{label.format(number)}.nii.gz", mask, affine)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["amos_{:04d}", "word_{:04d}", "case_000{}"])
+def test_a_number_is_no_channel(patients, tmp_path, name):
+    "AMOS and WORD number their patients as nnU-Net its channels."
+    source = find_source(pairs(tmp_path / "s", patients, name, name))
+    assert [case.patient for case in source.cases] == [name.format(n) for n in (1, 2, 3)] and source.notes == ()
+    (tmp_path / "s" / "labels" / f"{name.format(3)}.nii.gz").unlink()
+    rest = find_source(tmp_path / "s")
+    assert len(rest.cases) == 2 and f"without a partner: {name.format(3)}." in rest.notes[0]
+
+
+def test_a_channel_is_beside_the_first_one(patients, tmp_path):
+    source = pairs(tmp_path / "s", patients, "pet_{}_0000", "pet_{}")
+    for path in sorted((source / "images").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("_0000", "_0001")))
+    found = find_source(source)
+    assert [case.series for case in found.cases] == ["pet_1", "pet_2", "pet_3"] and all("_0000" in case.scan.name for case in found.cases)
+    assert "3 further channels left out, such as pet_1_0001.nii.gz" in found.notes[0]
+    assert set(scan_table(source).path) == {case.scan for case in found.cases}
+    for number in range(2):  # but with masks of these names they are patients
+        shutil.copy(source / "labels" / "pet_1.nii.gz", source / "labels" / f"pet_1_000{number}.nii.gz")
+    assert {"pet_1_0000", "pet_1_0001", "pet_2", "pet_3"} == {case.series for case in find_source(source).cases}
+
+
+@pytest.mark.parametrize("image, label", [
+    ("img{:04d}", "label{:04d}"), ("volume-{}", "segmentation-{}"), ("p{}", "p{}_mask"), ("CASE{}", "case{}"), ("p{}_ct", "p{}_liver-gt"),
+    ("images/p{}", "p{}"), (unicodedata.normalize("NFC", "Jörg {}"), unicodedata.normalize("NFD", "Jörg {}")),
+])  # fmt: skip
+def test_names_that_differ_by_a_fixed_part(patients, tmp_path, image, label):
+    source = find_source(pairs(tmp_path / "s", patients, image, label))
+    for case, number in zip(source.cases, (1, 2, 3), strict=True):
+        names = [f"{name.format(number)}.nii.gz".rpartition("/")[2] for name in (image, label)]
+        assert [case.scan.name, case.masks[0].name] == names
+    assert f"{label.format(1)} is taken for the partner of {image.format(1)}" in source.notes[0]
+
+
+@pytest.mark.parametrize("image, label", [("anna_{}", "bob_{}"), ("p{}_1", "p{}_2"), ("x{}", "y{}_mask")])
+def test_names_of_strangers_are_no_pairs(patients, tmp_path, image, label):
+    with pytest.raises(DataError, match=f"3 images and 3 masks, but none of the same name, such as {image.format(1)} and {label.format(1)}"):
+        find_source(pairs(tmp_path / "s", patients, image, label))
+
+
+def test_a_guess_is_no_pair(patients, tmp_path):
+    source = pairs(tmp_path / "s", patients, "a-{}", "a_{}_mask")
+    shutil.copy(source / "labels" / "a_1_mask.nii.gz", source / "labels" / "a.1.mask.nii.gz")
+    with pytest.raises(DataError, match="none of the same name"):
+        find_source(source)
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ".png"])
+def test_png_masks_named_after_the_image(patients, tmp_path, suffix):
+    for patient, (hu, mask, _) in patients.items():
+        for z in range(SLICES):
+            name = f"{patient}_1_{z:04d}"
+            for path, plane in ((f"Images/{name}{suffix}", window(hu[z])), (f"Masks/{name}_Mask{suffix}", mask[z])):
+                (tmp_path / "s" / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / "s" / path).write_bytes(cv2.imencode(".png", plane)[1].tobytes())
+    data = check(tmp_path / "s", patients, PrepareConfig(**SMALL), z=False)
+    assert "_0000_Mask is taken for the partner of p0_1_0000" in data.info["notes"][0]
+
+
+def test_what_a_mac_adds_and_what_lies_beside(patients, tmp_path):
+    "Hidden files, a second copy of a case, empty folders and further pairs: nothing is taken twice, everything is named."
+    source = pairs(tmp_path / "s", patients, "p{}", "p{}", masks="labelsTr")
+    for path in list(source.rglob("*.nii.gz")):
+        path.with_name(f"._{path.name}").write_bytes(b"of a Mac")
+        (tmp_path / "__MACOSX" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "__MACOSX" / path.parent.name / path.name).write_bytes(b"of a Mac")
+    (source / ".DS_Store").write_bytes(b"of a Mac")
+    (source / ".cache").mkdir()
+    shutil.copy(source / "images" / "p2.nii.gz", source / "images" / "p2.nii")
+    (source / "imagesTs").mkdir()
+    found = find_source(tmp_path)
+    assert [case.series for case in found.cases] == ["p1", "p2", "p3"] and {case.scan.parent for case in found.cases} == {source / "images"}
+    assert found.notes == ("imagesTs beside images left out; give such a pair with --mask.", "p2.nii.gz is left out: it has the name of p2.nii.")
+    case, (hu, mask, affine) = tmp_path / "case", patients["p0"]
+    write_mask(case / "ct.nii.gz", hu, affine)
+    write_mask(case / "segmentations" / "liver.nii.gz", (mask == 1).astype(np.uint8), affine)
+    (case / "ct.nii.gz").rename(case / "CT.NII.GZ")
+    (case / "segmentations" / "liver.nii.gz").rename(case / "segmentations" / "Liver.NII.GZ")
+    (case / "segmentations" / "._spleen.nii.gz").write_bytes(b"of a Mac")
+    assert find_source(case).labelled == ("liver",)
+
+
+@pytest.fixture(scope="module")
+def segmented(patients, tmp_path_factory):
+    "Two patients' series with a SEG each."
+    folder = tmp_path_factory.mktemp("segmented") / "s"
+    for patient in ("p0", "p1"):
+        hu, mask, affine = patients[patient]
+        write_series(folder / patient / "ct", hu, affine, patient_id=patient)
+        save_dicom_seg(mask, read_scan(folder / patient / "ct"), folder / patient / "seg.dcm")
+    return folder
+
+
+def without(*keywords):
+    "Takes elements out of each segment of a SEG."
+    return lambda seg: [segment.pop(keyword, None) for segment in seg.SegmentSequence for keyword in keywords]
+
+
+def sides_in_labels(left, right):
+    "Moves the sides of the kidneys from their codes into their labels."
+
+    def change(seg):
+        kinds = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in seg.SegmentSequence]
+        for segment, kind in zip(seg.SegmentSequence, kinds):
+            if kind.pop("SegmentedPropertyTypeModifierCodeSequence", None):
+                segment.SegmentLabel = right if "Right" in segment.SegmentLabel else left
+
+    return change
+
+
+def labels_alone(seg):
+    sides_in_labels("kidney_L", "Kidney R")(seg)
+    without("SegmentedPropertyTypeCodeSequence", "SegmentedPropertyCategoryCodeSequence")(seg)
+
+
+READABLE = {
+    "side in the label": sides_in_labels("Left kidney", "Right kidney"), "side as a letter": sides_in_labels("KidneyL", "r"),
+    "no code": labels_alone, "no category": without("SegmentedPropertyCategoryCodeSequence"), "no label": without("SegmentLabel"),
+}  # fmt: skip
+LACKING = {
+    "on which side": sides_in_labels("kidney", "kidney"), "what it shows": without("SegmentLabel", "SegmentedPropertyTypeCodeSequence"),
+    **{keyword: lambda seg, keyword=keyword: seg.pop(keyword) for keyword in (
+        "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "SegmentSequence", "PixelData", "ReferencedSeriesSequence")},
+    "some of its frames": lambda seg: seg.PerFrameFunctionalGroupsSequence.pop(),
+}  # fmt: skip
+
+
+def changed(segmented, folder, change, patients=("p0",)):
+    "A copy of the patients, the SEG of the first one changed; that SEG."
+    for patient in patients:
+        shutil.copytree(segmented / patient, folder / patient)
+    seg = pydicom.dcmread(folder / "p0" / "seg.dcm")
+    change(seg)
+    seg.save_as(folder / "p0" / "seg.dcm")
+    return folder / "p0" / "seg.dcm"
+
+
+@pytest.mark.parametrize("change", READABLE)
+def test_labels_of_dicom_seg_decide(segmented, patients, tmp_path, change):
+    changed(segmented, tmp_path, READABLE[change])
+    source = find_source(tmp_path)
+    assert source.labelled == tuple(o.key for o in ORGANS) and list(source.notes) == []
+    np.testing.assert_array_equal(source.cases[0].mask_on(read_scan(source.cases[0].scan)), patients["p0"][1])
+
+
+@pytest.mark.parametrize("lacks", LACKING)
+def test_what_a_dicom_seg_lacks_is_said(segmented, tmp_path, lacks):
+    "The sentence names the SEG; another patient goes on."
+    path = changed(segmented, tmp_path, LACKING[lacks], ("p0", "p1"))
+    found = find_source(tmp_path)
+    assert [case.patient for case in found.cases] == ["p1"]
+    assert any(str(path) in note and lacks in note for note in found.notes)
+    shutil.rmtree(tmp_path / "p1")
+    with pytest.raises(DataError) as error:
+        find_source(tmp_path)
+    assert str(path) in str(error.value) and lacks in str(error.value) and "\n" not in str(error.value)
+
+
+def zipped(folder, path, sign="/"):
+    "The folder in a zip file, whose names have this sign between the folders."
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.writestr(zipfile.ZipInfo(str(file.relative_to(folder)).replace("/", sign)), file.read_bytes())
+    return path
+
+
+def kaggle(folder, patients, shorten=0):
+    "Kaggle's layout with two patients; the second one's mask lacks some slices."
+    for number, patient in enumerate(("p0", "p1"), 10):
+        hu, mask, affine = patients[patient]
+        write_series(folder / "train_images" / patient / f"9{number}", hu, affine)
+        write_mask(folder / "segmentations" / f"9{number}.nii", mask[shorten * (number - 10) :], affine)
+    return folder
+
+
+def test_a_zip_with_backslashes(patients, tmp_path):
+    packed = zipped(kaggle(tmp_path / "k", patients), tmp_path / "back.zip", "\\")
+    two = {patient: patients[patient] for patient in ("p0", "p1")}
+    assert check(packed, two, PrepareConfig(**SMALL)).info["kind"] == "Kaggle's competition folder"
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr(zipfile.ZipInfo("..\\out.png"), b"")
+    with pytest.raises(RsnaSegError, match="leads out of the folder"):
+        prepare(packed, tmp_path / "no", config=PrepareConfig(**SMALL))
+    for name in (".", "folder\\"):  # names without a file
+        with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+            archive.writestr(zipfile.ZipInfo(name), b"")
+        with pytest.raises(RsnaSegError, match="odd.zip"):
+            prepare(tmp_path / "odd.zip", tmp_path / "no", config=PrepareConfig(**SMALL))
+    assert not list(tmp_path.glob("no*"))
+
+
+def test_a_zip_is_spoken_of_by_its_own_name(patients, tmp_path):
+    write_series(tmp_path / "in" / "ct", *patients["p0"][::2])
+    packed = zipped(tmp_path / "in", tmp_path / "in.zip")
+    with pytest.raises(DataError, match="in.zip holds no masks") as error:
+        prepare(packed, tmp_path / "data", config=PrepareConfig(**SMALL))
+    assert "unpacked" not in str(error.value)
+    (tmp_path / "text.zip").write_text("a text")
+    for work in (lambda p: prepare(p, tmp_path / "data"), lambda p: score_masks(p, packed), read_input):
+        with pytest.raises(RsnaSegError, match="text.zip cannot be unpacked"):
+            work(tmp_path / "text.zip")
+
+
+def test_too_few_patients_because_others_cannot_be_read(patients, tmp_path):
+    source = kaggle(tmp_path / "k", patients, shorten=1)
+    with pytest.raises(DataError, match=r"one patient only.*--valid 0.* Left out: .*911.nii has \(9, 64, 64\) voxels"):
+        prepare(source, tmp_path / "data", config=PrepareConfig(**SMALL))
+    (source / "segmentations" / "911.nii").unlink()
+    with pytest.raises(DataError, match="one patient only.* Left out of the images, without a partner: 911."):
+        prepare(source, tmp_path / "none", config=PrepareConfig(**SMALL))
+
+
+def test_scores_from_every_door(patients, tmp_path):
+    "Folders, zip files, layouts with scans and without, single files: the same masks are scored."
+    tool, total, predicted = tmp_path / "tool", tmp_path / "total", tmp_path / "predicted"
+    true = pairs(tmp_path / "pairs", patients, "p{}_0000", "p{}")
+    for number, (hu, mask, affine) in enumerate(patients.values(), 1):
+        for path in (tool / f"p{number}.nii.gz", predicted / f"p{number}" / "organs.nii.gz"):
+            write_mask(path, np.roll(mask, 1, axis=2), affine)
+        write_mask(total / f"p{number}" / "ct.nii.gz", hu, affine)
+        for organ, name in zip(ORGANS, ("liver", "spleen", "kidney_left", "kidney_right")):
+            write_mask(total / f"p{number}" / "segmentations" / f"{name}.nii.gz", (mask == organ.id).astype(np.uint8), affine)
+        write_series(tmp_path / "k" / "train_images" / str(number) / f"p{number}", hu, affine)
+        write_mask(tmp_path / "k" / "segmentations" / f"p{number}.nii", mask, affine)
+
+    def scores(*paths):
+        result = score_masks(*paths)
+        assert result.skipped.empty, result.skipped.reason[0]
+        return result.volumes[result.volumes.organ != "bowel"][["dice", "truth_ml"]].astype(float).to_numpy()
+
+    expected = scores(tool, true / "labels")
+    assert expected.shape == (12, 2) and 0.3 < np.nanmin(expected[:, 0]) < 0.99
+    doors = [
+        (tool, true / "labels", true / "images"), (predicted, true), (tool, total), (tool, tmp_path / "k"),
+        (zipped(tool, tmp_path / "tool.zip"), zipped(true, tmp_path / "pairs.zip")),
+    ]  # fmt: skip
+    for paths in doors:
+        np.testing.assert_allclose(scores(*paths), expected, rtol=2e-3)
+    np.testing.assert_allclose(scores(predicted / "p1" / "organs.nii.gz", true / "labels" / "p1.nii.gz"), expected[:4], rtol=1e-6)
+
+
+def test_the_same_sentence_from_every_door(tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("no acute findings")
+    doors = find_source, scan_table, read_input, lambda p: prepare(p, tmp_path / "data"), lambda p: score_masks(p, p)
+    for path, says in ((tmp_path / "missing", "does not exist"), (tmp_path / "letters", "holds no scan")):
+        sentences = set()
+        for look in doors:
+            with pytest.raises(RsnaSegError, match=says) as error:
+                look(path)
+            sentences.add(str(error.value))
+        assert len(sentences) == 1, sentences
+    shutil.make_archive(tmp_path / "letters" / "a", "zip", tmp_path / "letters")
+    for look in (find_source, read_input):
+        with pytest.raises(RsnaSegError, match="holds zip files, such as a.zip; give one"):
+            look(tmp_path / "letters")

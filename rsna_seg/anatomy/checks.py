@@ -39,22 +39,19 @@ SENTENCES = {
     " whole series.",
     "short_scan": "The scan covers {mm:.0f} mm along the body, less than {least}: no organ can be"
     " whole in it; use the whole series.",
-    "not_axial": "The scan was not cut straight across the body ({why}), which the network never"
-    " saw; use the axial series.",
-    "spacing": "{what}: trust the mask less, or use another reconstruction.",
+    "not_axial": "{what}, which the network never saw; use an axial series with square pixels.",
+    "spacing": "{what}: the spacing may have the wrong unit; if it is right, trust the mask less.",
     "no_spacing": "How far slices, rows and columns are apart is not known, so that nothing could"
     " be measured in mm or ml; give their spacing.",
-    "hu_scale": "The values run from {low} to {high} and hold no air (-1000 HU): {why}; read the"
-    " original series with its rescale intercept.",
+    "hu_scale": "The values, {low} to {high}, are probably no Hounsfield units: {why}; read the"
+    " original series with its rescale slope and intercept.",
     "content": "{what}; the network knows adult abdomens, check that this is the right series.",
-    "missing": "No {name} was found: it may have been removed, lie outside the scan, or be missed;"
-    " look at the scan.",
+    "missing": "{much} {name} was found: it may have been removed, lie outside the scan, or be"
+    " missed; look at the scan.",
     "cut_off": "The {name} reaches the edge of the scan ({edges}), so that its {ml:.0f} ml are"
     " those of a part; do not use them as the organ's volume.",
     "volume": "The {name} has {ml:.0f} ml, outside {low} to {high} ml, which is the widest that is"
     " plausible in adults ({source}); look at its outline.",
-    "organ_hu": "The {name} has {hu:.0f} HU on average, no soft tissue's ({low} to {high}): the"
-    " outline or the scan's scale is wrong; look at both.",
     "piece_side": "{ml:.0f} ml called {name} lie on the other side of the spine; post-processing"
     " with sides renames them.",
     "incomplete": "The source says that an organ is cut off.",
@@ -84,6 +81,12 @@ SUSPECT = tuple(ADVICE)
 # %% ../../nbs/anatomy/01_checks.ipynb #7bc929e1
 ENOUGH = 6  # slices of a mask below which nothing is said about order and absence
 _HARDLY_ML = 50
+_SURE_ML, _SURE_VOXELS = 5, 100  # less of an organ says nothing about it
+
+
+def _sure(organs):
+    "The organs of which enough was found to speak of them."
+    return organs[(organs.ml >= _SURE_ML) | organs.ml.isna() & (organs.voxels >= _SURE_VOXELS)]
 
 
 def _solid(organs):
@@ -100,15 +103,12 @@ def _no_organs(organs, slices):
 
 
 def _missing(organs):
-    for key in organs.index[organs.voxels == 0]:
-        yield _finding("missing", key)
+    for key, voxels in organs.voxels.drop(_sure(organs).index).items():
+        yield _finding("missing", key, much="Hardly any" if voxels else "No")
 
 # %% ../../nbs/anatomy/01_checks.ipynb #c624123d
-_SOFT_HU = -50, 300
-
-
 def _volumes(organs):
-    for key, organ in organs[organs.voxels > 0].iterrows():
+    for key, organ in organs.iterrows():
         low, high = ORGAN[key].normal_ml
         if organ.edges:
             yield _finding("cut_off", key, edges=organ.edges, ml=organ.ml)
@@ -117,23 +117,11 @@ def _volumes(organs):
             yield _finding("volume", key, ml=organ.ml, low=low, high=high, source=source)
 
 
-def _densities(organs):
-    low, high = _SOFT_HU
-    for key, hu in _solid(organs[organs.voxels > 0]).mean_hu.items():
-        if not low <= hu <= high:
-            yield _finding("organ_hu", key, hu=hu, low=low, high=high)
-
 # %% ../../nbs/anatomy/01_checks.ipynb #259a33fe
-_SURE_ML, _SURE_VOXELS = 5, 100  # less of an organ says nothing about its place
 _BEYOND = -0.05  # half widths of the body
 _OPPOSITES = PAIRS + tuple(
     (a, b) for a in ORGANS for b in ORGANS if a.side > 0 > b.side and not (a.mirror or b.mirror)
 )
-
-
-def _sure(organs):
-    "The organs of which enough was found to speak of their place."
-    return organs[(organs.ml >= _SURE_ML) | organs.ml.isna() & (organs.voxels >= _SURE_VOXELS)]
 
 
 def _wrong_sides(organs):
@@ -276,43 +264,56 @@ def _direction(scan):
     lean = np.degrees(np.arccos(np.clip(abs(normal[2]), 0, 1)))
     along = bool(scan.source.files) and orient.io_orientation(scan.source.affine)[2, 0] != 2
     if lean > _OBLIQUE_DEG:
-        yield _finding("not_axial", why=f"its slices lean by {lean:.0f} degrees")
+        yield _finding("not_axial", what=f"The slices lean by {lean:.0f} degrees")
     elif along or max(row, col) > 1.1 * min(row, col):
-        pixels = f"its pixels across the body are {row:.2f} x {col:.2f} mm"
-        yield _finding("not_axial", why=pixels)
+        pixels = f"The pixels of a slice are {row:.2f} x {col:.2f} mm, not square"
+        along_body = "The slices were cut along the body, not across it"
+        yield _finding("not_axial", what=along_body if along else pixels)
 
 # %% ../../nbs/anatomy/01_checks.ipynb #805619a0
-_SPACING = (0.0, 10.0), (0.3, 1.5), (0.3, 1.5)  # mm along z, row, col
-_LEEWAY = 1.1  # a tenth beyond training's is no matter
+_USUAL = 5, (195, 625)  # mm: between slices at most, smallest and largest field of view
+_LEEWAY, _COARSER = 1.2, 2  # how far beyond that a network works: field of view, slices
 
 
 def _spacings(scan, trained):
-    slices = np.median(np.diff(scan.positions)) if len(scan.positions) > 1 else scan.spacing[0]
-    leeway, whose = (_LEEWAY, "in training") if trained else (1.0, "are usual")
-    spacing = {"slices": slices, "rows": scan.spacing[1], "columns": scan.spacing[2]}
-    odd = [
-        f"{name} are {mm:.2f} mm apart ({low:.3g} to {high:.3g} {whose})"
-        for (name, mm), (low, high) in zip(spacing.items(), trained or _SPACING)
-        if not low / leeway <= mm <= high * leeway
-    ]
-    if odd:
-        yield _finding("spacing", what=f"The {' and '.join(odd)}")
+    most, (low, high) = trained or _USUAL
+    slices, whose = float(np.median(scan.slice_mm)), "in training" if trained else "usual"
+    field = float(np.max(np.multiply(scan.hu.shape, scan.spacing)[1:]))
+    if not low / _LEEWAY <= field <= high * _LEEWAY:
+        what = f"The field of view is {field:.0f} mm wide, {low:.0f} to {high:.0f} mm are {whose}"
+        yield _finding("spacing", what=what)
+    elif slices > most * _COARSER:
+        what = f"The slices are {slices:.1f} mm apart, at most {most:.1f} mm are {whose}"
+        yield _finding("spacing", what=what)
 
 # %% ../../nbs/anatomy/01_checks.ipynb #6f262039
-_CLIPPED_HU, _TISSUE_HU, _LUNG_HU = -500, -300, (-950, -500)
-_LUNG_SHARE, _SMALL_CM2 = 0.4, 250
+_CLIPPED_HU, _SOFT_HU, _AIR_HU = -500, (-200, 300), 75  # the last: how far air may be from -1000
+
+
+def _some(scan):
+    return scan.hu[:: max(1, round(10 / scan.spacing[0])), ::4, ::4]
 
 
 def _scale(scan):
-    low, high = int(scan.hu.min()), int(scan.hu.max())
+    low, high, some, why = int(scan.hu.min()), int(scan.hu.max()), _some(scan), ""
+    soft = np.mean((some > _SOFT_HU[0]) & (some < _SOFT_HU[1]))
+    counts, edges = np.histogram(some, np.arange(-1500, _CLIPPED_HU + 1, 25))
+    air = int(edges[counts.argmax()]) + 12
     if low > _CLIPPED_HU:
-        raw = "they are no Hounsfield units but raw values or a picture's"
-        why = raw if low >= 0 else "they were clipped to a window"
+        why = "none is that of air (-1000), as in raw values, pictures and clipped scans"
+    elif soft < 0.05:
+        why = "hardly any is that of soft tissue"
+    elif counts.max() > some.size / 10 and abs(air + 1000) > _AIR_HU:
+        why = f"air lies at {air} instead of -1000"
+    if why:
         yield _finding("hu_scale", low=low, high=high, why=why)
+
+# %% ../../nbs/anatomy/01_checks.ipynb #c60bfa4b
+_TISSUE_HU, _LUNG_HU, _LUNG_SHARE, _SMALL_CM2 = -300, (-950, -500), 0.4, 250
 
 
 def _content(scan):
-    some = scan.hu[:: max(1, round(10 / scan.spacing[0])), ::4, ::4]
+    some = _some(scan)
     tissue, lung = some > _TISSUE_HU, (some > _LUNG_HU[0]) & (some < _LUNG_HU[1])
     share = lung.sum() / max(1, lung.sum() + tissue.sum())
     cm2 = np.median(tissue.sum((1, 2))) * 16 * scan.spacing[1] * scan.spacing[2] / 100
@@ -332,31 +333,29 @@ def check_organs(
     "What is odd about the organs of one series."
     if findings := list(_no_organs(organs, slices)):
         return findings
-    densities = _densities(organs) if "mean_hu" in organs else ()
-    findings = [*_missing(organs), *_volumes(organs), *densities]
     sure = _sure(organs)
-    return [*findings, *_sides(sure), *_order(sure, slices), *_fit(organs)]
+    places = [*_sides(sure), *_order(sure, slices)]
+    return [*_missing(organs), *_volumes(sure), *places, *_fit(organs)]
 
 # %% ../../nbs/anatomy/01_checks.ipynb #0d546c35
 def check_segmentation(
     mask: np.ndarray,  # class ids, uint8, (z, row, col), on the scan's grid
     scan: Scan,
     taught: tuple[str, ...] = ALL_ORGANS,  # keys of the organs that were looked for
-    trained_spacing: tuple | None = None,  # (min, max) in mm along z, row and col in training
+    trained: tuple | None = None,  # training's mm: slices at most, (least, most) field of view
     facts: pd.DataFrame | None = None,  # what `organ_facts` gives, if it has been counted
 ) -> list[Finding]:
     "What is odd about a scan and its mask, first the scan; empty if nothing is."
     facts = organ_facts(mask, scan) if facts is None else facts
     facts = facts[facts.index.isin(taught)]
-    scale = list(_scale(scan))
+    scale = [] if scan.source.pictures else list(_scale(scan))
     if not scan.source.measured:
         return [_finding("no_spacing"), *scale, *_missing(facts)]
-    spacings = _spacings(scan, trained_spacing)
-    facts = facts.drop(columns="mean_hu") if scale else facts
+    spacings = list(_spacings(scan, trained))
     organs = check_organs(facts, len(mask))
     known = {f.kind for f in organs} & {"sides", "no_organs"}
     pieces = () if known else _pieces(mask, scan, taught)
-    content = () if scale else _content(scan)
+    content = () if scale or spacings else _content(scan)
     return [*_extent(scan), *_direction(scan), *spacings, *scale, *content, *organs, *pieces]
 
 # %% ../../nbs/anatomy/01_checks.ipynb #101968e1

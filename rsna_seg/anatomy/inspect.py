@@ -127,12 +127,14 @@ def summarise(
     notes = len(quality.findings) - len(quality.suspects)
     bare, unplaced = int((series.masked == 0).sum()), int((~series.located).sum())
     skipped, are = quality.data.skipped, lambda things: "are" if len(things) > 1 else "is"
+    doubts = info.get("notes", ())
     size = [_count(series.patient.nunique(), "patient"), _count(len(series), "series")]
     size.append(_count(int(series.slices.sum()), "slice"))
     sentences = {
         f"{', '.join(size)}{source}.": True,
         _suspicion(quality.suspects): True,
         f"{_count(notes, 'note')} besides, on what is rare or incomplete.": notes,
+        f"{_count(len(doubts), 'note')} of prepare, such as: {''.join(doubts[:1])}": doubts,
         f"{_count(bare, 'series')} without a mask; only their slices were checked.": bare,
         f"{in_words(others).capitalize()} {are(others)} not labelled here and left out of every"
         " check.": others,

@@ -228,7 +228,7 @@ def _rim_counts(values, mask, present):
 
 # %% ../../nbs/anatomy/00_measure.ipynb #552fb4df
 _EDGES = ("feet end", "head end", "front", "back", "right side", "left side", "field of view")
-_TRIFLE_CM2 = 1.0  # less than that on an edge does not matter, such as the very tip of a lobe
+_CUT = 0.4  # area on an edge, per (volume)^(2/3), of an organ that lost a few percent
 
 
 def _circle(shape):
@@ -330,9 +330,10 @@ def measure(
     places = origins + np.outer(sums[4], down) + np.outer(sums[5], across)
     organs = _organ_table(sums, places, body)
     organs["edge"] = [edge_score(*rim) for rim in rims]
-    cut = edges >= (_TRIFLE_CM2 if known else np.inf)
+    organs["ml"] = organs.ml if known else np.nan
+    cut = (edges > 0) & (edges >= _CUT * np.cbrt(organs.ml.to_numpy()[:, None]) ** 2)
     organs["edges"] = [", ".join(np.array(_EDGES)[names]) for names in cut]
-    return (organs if known else organs.assign(ml=np.nan)).iloc[1:], black
+    return organs.iloc[1:], black
 
 # %% ../../nbs/anatomy/00_measure.ipynb #041ecc2b
 def _slice_origins(scan):

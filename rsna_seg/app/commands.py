@@ -23,11 +23,11 @@ from .many import Job, predict_many
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
-from ..ct.scan import to_square, window
 from ..ct.series import list_series
 from ..data import PrepareConfig, prepare
 from ..engines.engines import forget_engines
 from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
+from ..engines.slices import squares_of
 from ..evaluate import evaluate, score_masks
 from ..files import ConfigError
 from ..finetune import FinetuneConfig, finetune
@@ -40,7 +40,6 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from ..scoring.intervals import interval_table, patient_means
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #db430269
@@ -121,8 +120,8 @@ def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
     if os.environ.get("RANK", "0") == "0":
         save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-        best = f"best epoch {run.best.epoch:.0f} with validation Dice {run.best.valid_dice:.3f}"
-        print(f"{best}: {run.checkpoint}")
+        best, score = run.best.epoch, run.best.valid_dice
+        print(f"best epoch {best:.0f}, Dice of pooled pixels {score:.3f}: {run.checkpoint}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -178,10 +177,7 @@ def _score(command, judge):
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     report = write_evaluation(result, command.out)
-    columns = {"mean": "Dice", "low": "95 % from", "high": "to", "n": "patients"}
-    dice = interval_table(patient_means(result.volumes, "dice")).rename(columns=columns)
-    print("mean over patients", dice.round(3).to_string(), sep="\n")
-    print(*result.about["notes"], f"report: {report}", sep="\n")
+    print("Dice, mean over patients", result, *result.about["notes"], f"report: {report}", sep="\n")
     return _name_skipped(result.skipped)
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
@@ -238,8 +234,7 @@ class Compare:
     def run(self):
         result = compare(self.a, self.b, self.names)
         report = write_comparison(result, self.out)
-        print(result.tables["dice"].round(4).to_string(), *result.left_out, sep="\n")
-        print(f"report: {report}")
+        print(result, *result.left_out, f"report: {report}", sep="\n")
 
 # %% ../../nbs/app/01_commands.ipynb #eb2bdab2
 def _predict_scan(command):
@@ -262,6 +257,8 @@ def _predict_scans(command):
     out = command.out
     checkpoints = tuple(str(path) for path in (command.checkpoint, *command.also))
     job = Job(checkpoints, str(out), command.config, command.outputs, command.probabilities)
+    cards = [load_checkpoint(path)[1] for path in checkpoints]
+    print("".join(f"{note}\n" for card in cards for note in card.notes), end="")
     volumes, findings, failed = predict_many(job, command.scan, command.jobs)
     scans = volumes.scan.nunique() if len(volumes) else 0
     print(f"{scans} scans segmented, {len(failed)} left out: {out / 'volumes.csv'}")
@@ -288,7 +285,8 @@ class Predict:
 
     def run(self):
         if self.list_series:
-            return print(list_series(self.scan).to_string(index=False))
+            table = list_series(self.scan)
+            return print(table.to_string(index=False), *table.attrs["notes"], sep="\n")
         if self.measure_again:
             forget_engines()
         if self.series is None and not is_one_scan(self.scan):
@@ -299,11 +297,8 @@ class Predict:
 def _network_slices(path, card, count=8):
     "Some slices of a scan, spread evenly, as the network is given them."
     with opened(path, level=card.level, width=card.width) as scan:
-        grey = [to_square(window(hu, card.level, card.width), card.size) for hu in scan.hu]
-    chosen = np.linspace(0, len(grey) - 1, min(count, len(grey))).round().astype(int)
-    if card.channels == "neighbours":
-        chosen = np.clip(chosen[:, None] + [-1, 0, 1], 0, len(grey) - 1)
-    return np.stack(grey)[chosen]
+        z = np.linspace(0, len(scan.hu) - 1, count).round().astype(int)
+        return squares_of(scan.hu, np.unique(z), card).numpy()
 
 # %% ../../nbs/app/01_commands.ipynb #617b587d
 _FORMATS = (*FORMATS, "huggingface")
@@ -321,6 +316,7 @@ class Export:
 
     def run(self):
         card = load_checkpoint(self.checkpoint)[1]
+        print("".join(f"{note}\n" for note in card.notes), end="")
         if graphs := tuple(name for name in self.formats if name != "huggingface"):
             images = self.scan and _network_slices(self.scan, card)
             table = export_model(self.checkpoint, self.out, graphs, images)

@@ -28,9 +28,10 @@ from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
 from ..files import ConfigError, DataError, cache_folder, whole_file
 from ..finetune import FinetuneConfig, finetune
-from ..model import imagenet_file
 from ..predict import Predictor, save_segmentation
 from ..report.evaluation import write_evaluation
+from ..scoring.intervals import MEAN
+from ..scoring.judge import plain
 from ..scoring.metrics import volume_dice
 from ..train import TrainConfig, train
 
@@ -56,16 +57,6 @@ class DemoConfig:
 
 _AUGMENT = AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate_limit=15)
 
-# %% ../../nbs/app/02_demo.ipynb #91e0a602
-def _encoder_weights():
-    "ImageNet weights if they can be had, else random ones and a line that says so."
-    try:
-        imagenet_file()
-        return "imagenet"
-    except ConfigError:
-        print("ImageNet weights cannot be downloaded: the demo starts from random weights.")
-        return "none"
-
 # %% ../../nbs/app/02_demo.ipynb #32ad620e
 def _predict_unseen(kaggle, checkpoint, out):
     "Dice of each organ for each scan; NaN where the patient does not have the organ."
@@ -74,22 +65,24 @@ def _predict_unseen(kaggle, checkpoint, out):
     for case in find_source(kaggle).cases:
         result = predictor(case.scan)
         save_segmentation(result, out / case.series)
-        scores[case.series] = volume_dice(result.mask, read_mask(case.masks[0], result.scan))
-    return pd.DataFrame.from_dict(scores, orient="index")
+        truth = read_mask(case.masks[0], result.scan)
+        scores[case.patient, case.series] = volume_dice(result.mask, truth)
+    return pd.DataFrame(scores).T.rename_axis(["patient", "series"])
 
 # %% ../../nbs/app/02_demo.ipynb #78a5b492
 def _print_results(scores, seconds, out):
     "Prints the tables and where the files are, and writes the numbers to demo.json."
-    table = pd.DataFrame({"Dice": scores.mean(), "lowest": scores.min(), "scans": scores.count()})
+    each = scores.groupby("patient").mean()
+    table = pd.DataFrame({"Dice": each.mean(), "lowest": each.min(), "patients": each.count()})
     table.index = [organ.name for organ in ORGANS]
     stages = pd.Series(seconds, name="seconds").rename_axis("stage").round(1)
-    print(f"\nVolume Dice on {len(scores)} scans of unseen patients")
-    print(table.round(3).to_string(), f"mean of the organs: {table.Dice.mean():.3f}\n", sep="\n")
+    print(f"\nDice, mean over unseen patients ({len(scores)} scans)")
+    print(table.round(3).to_string(na_rep="–"), f"{MEAN}: {table.Dice.mean():.3f}\n", sep="\n")
     print(stages.to_frame().to_string(), f"all together: {stages.sum():.0f} s\n", sep="\n")
     print(f"report: {out / 'report' / 'report.html'}\nsegmentations: {out / 'predicted'}")
     numbers = {"mean_dice": table.Dice.mean(), "dice": table.Dice.to_dict(), "seconds": seconds}
     with whole_file(out / "demo.json") as part:
-        part.write_text(json.dumps(numbers, indent=2))
+        part.write_text(json.dumps(plain(numbers), indent=2))
 
 # %% ../../nbs/app/02_demo.ipynb #41d7fce8
 @contextmanager
@@ -104,7 +97,7 @@ def _stage(seconds, name, does):
 def demo(
     config: DemoConfig = DemoConfig(),
 ) -> pd.DataFrame:  # one row a scan of an unseen patient, one column an organ
-    "Volume Dice on unseen patients, after the whole path; raises `DataError` if `out` is in use."
+    "Dice on unseen patients, after the whole path; raises `DataError` if `out` is in use."
     out, c, seconds = Path(config.out), config, {}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there already; delete it or choose another folder with --out.")
@@ -117,9 +110,8 @@ def demo(
     with _stage(seconds, "prepare", "from DICOM and NIfTI to PNG slices, split by patient"):
         settings = PrepareConfig(size=c.size, seed=c.seed, jobs=1)
         prepare(out / "kaggle", out / "data", config=settings)
-    with _stage(seconds, "train", f"{c.epochs} epochs, without flips; the recipe has 30"):
-        weights = _encoder_weights()
-        settings = TrainConfig(**shared, epochs=c.epochs, lr=3e-3, encoder_weights=weights)
+    with _stage(seconds, "train", f"{c.epochs} epochs from random weights, without flips"):
+        settings = TrainConfig(**shared, epochs=c.epochs, lr=3e-3, encoder_weights="none")
         first = train(out / "data", out / "first", settings)
     with _stage(seconds, "finetune", f"{c.refine} epochs from {first.checkpoint.name}"):
         settings = FinetuneConfig(**shared, epochs=c.refine, lr=1e-3)

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .dicom import HELD, assemble, ct_series, dicom_series, read_scan
+from .dicom import assemble, read_scan
 from rsna_seg.ct.find import (
-    GIVE, PNG_PAIRS, find_layout, kaggle_series, no_scan, reading, scan_kinds, scan_places,
-    unpacked,
+    KAGGLE, PNG_PAIRS, find_layout, no_scan, reading, scan_kinds, scan_places, unpacked,
 )  # fmt: skip
 from .png import read_png
-from .scan import Grid, Scan, on_grid
-from .series import chosen_series, series_in
+from .scan import Grid, Scan, hu_doubts, on_grid
+from .series import HELD, chosen_series, ct_series, dicom_series, series_in
 from ..files import ConfigError, DataError, RsnaSegError, ScanError
 
 # %% ../../nbs/ct/09_inputs.ipynb #1baa2098
@@ -45,18 +44,6 @@ def _affine(values, name):
         raise ScanError(f"{name} has a singular affine: two of its axes run the same way.")
     return affine
 
-# %% ../../nbs/ct/09_inputs.ipynb #9aa94eb2
-def _doubts(scan):
-    "A sentence if the values do not look like HU, or none."
-    low, high = int(scan.hu.min()), int(scan.hu.max())
-    if low < -200:
-        return ()
-    what = "grey values, MR or numbers without the rescale intercept"
-    if high < 256 and high - low < 120:
-        what = "a mask of labels"
-    values = f"{scan.source.path} holds values from {low} to {high}"
-    return (f"{values} and no air, which is at -1000 HU: is it {what}?",)
-
 # %% ../../nbs/ct/09_inputs.ipynb #bd993707
 def from_array(
     hu: np.ndarray,  # HU, integer or float, three axes in any order
@@ -73,7 +60,7 @@ def from_array(
     if space not in SPACES:
         raise ScanError(f"{space} is no space that {name} can be in; it is RAS or LPS.")
     scan = on_grid(hu, Grid(Path(name), hu.shape, SPACES[space] @ affine), name)
-    return replace(scan, notes=_doubts(scan))
+    return replace(scan, notes=hu_doubts(scan.hu, name))
 
 # %% ../../nbs/ct/09_inputs.ipynb #848f069c
 def hu_of_grey(
@@ -117,7 +104,8 @@ def _spacing_of(numbers):
     except (TypeError, ValueError):
         spacing = np.zeros(0)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and spacing.min() > 0):
-        raise ConfigError(f"The spacing {numbers} is not three positive mm: z, rows, columns.")
+        given = " ".join(numbers) if isinstance(numbers, list) else numbers
+        raise ConfigError(f"The spacing {given} is not three mm above 0: z, rows, columns.")
     return spacing
 
 # %% ../../nbs/ct/09_inputs.ipynb #34ccafd0
@@ -144,33 +132,11 @@ def png_scan(
         notes = (f"{path} has no spacing: volumes are voxels, not ml; {how}.", *notes)
     return on_grid(hu_of_grey(stack, level, width), grid, path.name, notes)
 
-# %% ../../nbs/ct/09_inputs.ipynb #70178b34
-def _one_nifti(files, path):
-    "The scan of the only NIfTI, with a note if it does not say where its voxels lie."
-    if files[1:]:
-        raise ScanError(
-            f"{path} holds {len(files)} NIfTI files, such as {files[0].name} and {files[1].name},"
-            " each a scan of its own; give one, or the folder where many scans are taken."
-        )
-    scan = read_scan(files[0])
-    header, affine = scan.source.header, scan.source.affine
-    placed = header["qform_code"] or header["sform_code"]
-    if not placed or np.array_equal(affine, np.eye(4)):
-        note = (
-            f"{scan.source.path} does not say how it lies in the patient;"
-            f" {scan.source.orientation} is taken, and left and right may be exchanged."
-        )
-        measured = not np.allclose(header.get_zooms()[:3], 1)
-        source = replace(scan.source, measured=measured)
-        scan = replace(scan, source=source, notes=(*scan.notes, note))
-    return replace(scan, notes=(*scan.notes, *_doubts(scan)))
-
 # %% ../../nbs/ct/09_inputs.ipynb #e41e30be
 def _one_folder(files, path):
     "The PNGs directly in a folder, or in the only one below that has some; raises `ScanError`."
     folders = list(dict.fromkeys(file.parent for file in files))
-    layout = find_layout(path)
-    pairs = layout and layout.kind == PNG_PAIRS
+    pairs = (layout := find_layout(path)) and layout.kind == PNG_PAIRS
     if pairs or path not in folders and folders[1:]:
         names = ", ".join(folder.name for folder in folders[:2]) + " and more" * (len(folders) > 2)
         raise ScanError(f"{path} holds PNGs in {names}; give the folder of one scan.")
@@ -178,9 +144,7 @@ def _one_folder(files, path):
     return [file for file in files if file.parent == here]
 
 # %% ../../nbs/ct/09_inputs.ipynb #ff0e3627
-def scan_name(
-    path: Path,
-) -> str:
+def scan_name(path: Path) -> str:
     "The name of a scan's file or folder, without what says its kind."
     name = Path(os.path.abspath(path)).name
     return re.sub(r"(_0000)?\.(nii|nii\.gz|dcm|png|zip)$", "", name, flags=re.IGNORECASE) or "scan"
@@ -201,7 +165,10 @@ def _read(path, series, spacing_mm, level, width):
         slices = _one_folder(files, path) if path.is_dir() else files
         return png_scan(slices, path, spacing_mm, level, width)
     if kind == "NIfTI":
-        return _one_nifti(files, path)
+        if files[1:]:
+            some = f"{len(files)} NIfTI files, such as {files[0].name} and {files[1].name}"
+            raise ScanError(f"{path} holds {some}, each a scan of its own; give one of them.")
+        return read_scan(files[0])
     if path.is_file():
         scan = read_scan(path)
         note = f"{path} is one slice, and only this is read; for the whole series give its folder."
@@ -247,9 +214,7 @@ def read_input(
     return replace(scan, source=replace(scan.source, files=(), pictures=()))
 
 # %% ../../nbs/ct/09_inputs.ipynb #9f2c8d45
-def folder_name(
-    text: str,
-) -> str:
+def folder_name(text: str) -> str:
     "The text as a name for a folder on any system: letters, digits, dot, dash and underscore."
     return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:120] or "scan"
 
@@ -277,11 +242,8 @@ def _names(rows, root):
 
 # %% ../../nbs/ct/09_inputs.ipynb #71152538
 def _numbers(files):
-    "Series numbers by UID of the CT among some DICOM files; no UID if they cannot be read."
-    try:
-        series, _ = ct_series(dicom_series(files))
-    except RsnaSegError:
-        return {"": ""}
+    "Series numbers by UID of the CT among some DICOM files, no UID for what cannot be read."
+    series, _ = ct_series(dicom_series(files))
     return {uid or "": str(s[0][1].get("SeriesNumber") or "") for uid, s in series.items()}
 
 # %% ../../nbs/ct/09_inputs.ipynb #ef9a1dd1
@@ -297,10 +259,10 @@ def _scan_rows(root):
             rows.append({"path": path, "series": uid, "number": number, "spacing": None})
             if uid:
                 by_uid[uid] = rows[-1]
-    if kaggle_series(root):
+    layout = find_layout(root)
+    if layout and layout.kind == KAGGLE:
         names = ["_".join(row["path"].parts[-2:]) for row in rows]
     else:
-        layout = find_layout(root) if root.is_dir() else None
         names = _names(rows, layout.scans if layout else root)
     return [row | {"name": name} for row, name in zip(rows, names)]
 
@@ -330,15 +292,9 @@ def _read_table(path):
 def _spacing(text, where):
     "Three numbers of mm, or None; raises `DataError`."
     try:
-        numbers = tuple(float(number) for number in re.split(r"[\s,;x]+", text)) if text else None
-    except ValueError:
-        numbers = ()
-    if numbers is not None and (len(numbers) != 3 or not all(0 < n < np.inf for n in numbers)):
-        raise DataError(
-            f"{where}: the spacing {text} is not three numbers of mm along z, rows and columns,"
-            " such as 5 0.8 0.8."
-        )
-    return numbers
+        return tuple(_spacing_of(re.split(r"[\s,;x]+", text)).tolist()) if text else None
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from error
 
 # %% ../../nbs/ct/09_inputs.ipynb #d21f2c5f
 def _csv_rows(path):
@@ -369,8 +325,6 @@ def scan_table(
     "The scans that are there, for `read_input` one by one; raises `DataError` or `ScanError`."
     source = Path(source)
     with reading(source):
-        if not source.exists():
-            raise ScanError(f"{source} does not exist; {GIVE}, or a CSV file of scans.")
         table = source.is_file() and source.suffix.lower() == ".csv"
         rows = _csv_rows(source) if table else _scan_rows(source)
         if not rows:

@@ -14,13 +14,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from .labels import LabelMap, label_map
+from .labels import LabelMap, label_map, whole_numbers
 from rsna_seg.ct.scan import (
-    PATIENT_AXES, SLAB, Grid, Scan, empty_volume, even_positions, in_source_order, slice_step,
-    to_hu,
+    PATIENT_AXES, SLAB, Grid, Scan, empty_volume, even_positions, hu_doubts, in_source_order,
+    slice_step, to_hu,
 )  # fmt: skip
 from ..files import RsnaSegError, ScanError, whole_file
 
@@ -46,64 +47,98 @@ def nifti_format(
         return None
     return _FORMATS.get(start[344:347]) or _FORMATS.get(start[4:7])
 
+# %% ../../nbs/ct/04_nifti.ipynb #69b15c9f
+_MM = {1: 1000.0, 3: 0.001}  # in a metre and a micrometre, by the code of the header's units
+
+
+def _mend(header):
+    "Mends in place what has one meaning only."
+    units = int(header["xyzt_units"])
+    mm = _MM.get(units & 7, 1)
+    for field in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+        header[field] = header[field] * mm
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4]) * mm
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
+    header["xyzt_units"] = units if mm == 1 else (units & ~7) + 2  # millimetres
+    header["vox_offset"] = max(header["vox_offset"], header.single_vox_offset)
+    turn = np.array([header[f"quatern_{axis}"] for axis in "bcd"], float)
+    for axis, part in zip("bcd", turn / np.clip(np.linalg.norm(turn), 1, 1.01)):
+        header[f"quatern_{axis}"] = part
+    volume = abs(np.linalg.det(header.get_sform()[:3, :3]))
+    if header["qform_code"] > 0 and not volume > 1e-9:
+        header["sform_code"] = 0
+
 # %% ../../nbs/ct/04_nifti.ipynb #75b193d0
-def _grid_of(image, path):
-    "The image's place and shape; raises `ScanError` if it is not one volume in a patient."
-    shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else ()
-    if len(shape) != 3 or 0 in shape or image.get_data_dtype().names:
-        raise ScanError(f"{path} holds an array of shape {image.shape}; one grey volume is needed.")
-    affine = np.asarray(image.affine, dtype=float)
+_GREY = 2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280, 1536  # codes of integers and floats
+
+
+def _grid_of(header, path):
+    "The volume's place and shape, and what is doubtful about them; raises `ScanError`."
+    full = header.get_data_shape()
+    shape = full[:3] if full[3:] in ((), (1,)) else ()
+    if len(shape) != 3 or 0 in shape or header["datatype"] not in _GREY:
+        raise ScanError(f"{path} holds an array of shape {full}; one grey volume is needed.")
+    stated = header["pixdim"][1:4].copy()
+    header["pixdim"][1:4][stated == 0] = 1
+    affine = np.asarray(header.get_best_affine(), dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ScanError(f"{path} has no usable affine, so its place in the patient is unknown.")
-    return Grid(Path(path), shape, affine, image.header)
+    sform, qform = header["sform_code"] > 0, header["qform_code"] > 0
+    placed = (sform or qform) and not np.array_equal(affine, np.eye(4))
+    mm = np.linalg.norm(affine[:3, :3], axis=0)
+    measured = bool(sform or stated.all()) and (placed or not np.allclose(mm, 1))
+    grid = Grid(Path(path), shape, affine, header, measured=measured)
+    taken, exchanged = "the sform is taken", "left and right may be exchanged"
+    doubts = {
+        f"does not say how it lies; {grid.orientation} is taken, and {exchanged}": not placed,
+        "does not say how large its voxels are, so that volumes are voxels, not ml": not measured,
+        f"has another size of voxels in its sform than in its pixdim; {taken}":
+            sform and not np.allclose(mm, stated, rtol=0.01),
+        f"has a sform and a qform that are mirror images; {taken}, and {exchanged}":
+            sform and qform and np.linalg.det(affine[:3, :3]) * header["pixdim"][0] < 0,
+    }  # fmt: skip
+    return grid, [f"{path} {what}." for what, true in doubts.items() if true]
 
-# %% ../../nbs/ct/04_nifti.ipynb #4d29ba19
+# %% ../../nbs/ct/04_nifti.ipynb #ac5c39b7
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 
 
-def _fill(volume, image, file, convert):
-    "Converts the image's values into the volume, both in the file's order, and reads the file out."
-    try:
-        for k in range(0, volume.shape[2], SLAB):
-            slab = np.asanyarray(image.dataobj[:, :, k : k + SLAB])
-            part = volume[:, :, k : k + SLAB]
-            part[...] = convert(slab.reshape(part.shape), (0, 0, k))
-    finally:
-        while file.read(1 << 20):
-            pass
-
-# %% ../../nbs/ct/04_nifti.ipynb #ac5c39b7
 def _read_volume(path, convert, dtype, axes=PATIENT_AXES):
-    "A NIfTI's volume (z, row, col), its affine to LPS mm and its `Grid`; raises `ScanError`."
+    "The volume (z, row, col), its affine to LPS mm, its `Grid`, and doubts; raises `ScanError`."
     image_class = nifti_format(path)
     if image_class is None:
         raise ScanError(f"{path} is not a NIfTI file; give a .nii or .nii.gz of one volume.")
     try:
         with _open(path) as file:
-            image = image_class.from_stream(file)
-            grid = _grid_of(image, path)
+            header = image_class.header_class.from_fileobj(file, check=False)
+            _mend(header)
+            grid, doubts = _grid_of(header, path)
             volume, in_file_order, affine = empty_volume(grid, dtype, axes)
-            _fill(in_file_order, image, file, convert)
+            stored = ArrayProxy(file, header)
+            try:
+                for k in range(0, grid.shape[2], SLAB):
+                    part = in_file_order[:, :, k : k + SLAB]
+                    slab = np.asanyarray(stored[:, :, k : k + SLAB]).reshape(part.shape)
+                    part[...] = convert(slab, path, (0, 0, k))
+            finally:  # to the end, where gzip keeps its checksum
+                while file.read(1 << 20):
+                    pass
     except RsnaSegError:
         raise
     except _DAMAGED as error:
         raise ScanError(f"{path} cannot be read as NIfTI ({error}); copy it again.") from error
-    return volume, affine, grid
+    return volume, affine, grid, doubts
 
 # %% ../../nbs/ct/04_nifti.ipynb #041d015b
 def nifti_scan(
     path: str | Path,
 ) -> Scan:
-    "The scan in a NIfTI file; raises `ScanError`."
+    "The scan in a NIfTI file, with notes on what is doubtful; raises `ScanError`."
     path = Path(path)
-    hu, affine, grid = _read_volume(path, lambda values, _: to_hu(values, path), np.int16)
+    hu, affine, grid, doubts = _read_volume(path, lambda values, *of: to_hu(values, path), np.int16)
     name = path.name.removesuffix(".gz").removesuffix(".nii")
-    return Scan(hu, affine, grid, even_positions(affine, len(hu)), name)
-
-# %% ../../nbs/ct/04_nifti.ipynb #ff536663
-def _corners(affine, shape):
-    "The centres of the eight outermost voxels, mm."
-    return apply_affine(affine, list(product(*[(0, n - 1) for n in shape])))
+    notes = (*doubts, *hu_doubts(hu, path))
+    return Scan(hu, affine, grid, even_positions(affine, len(hu)), name, notes)
 
 # %% ../../nbs/ct/04_nifti.ipynb #ffa7f674
 def _possible_affines(scan):
@@ -125,9 +160,10 @@ def _check_place(affine, shape, scan, path):
     if tuple(shape) != scan.hu.shape:
         sizes = f"{tuple(shape)} voxels (z, row, col) but the scan {scan.name} has {scan.hu.shape}"
         raise ScanError(f"{path} has {sizes}.")
-    corners = _corners(affine, shape)
-    possible = [_corners(possible, shape) for possible in _possible_affines(scan)]
-    apart = min(np.abs(corners - others).max() for others in possible)
+    corners = list(product(*[(0, n - 1) for n in shape]))  # the centres of the outermost voxels
+    places = apply_affine(affine, corners)
+    possible = [apply_affine(other, corners) for other in _possible_affines(scan)]
+    apart = min(np.abs(places - others).max() for others in possible)
     if apart > 1:
         away = f"{path} lies {apart:.1f} mm away from the scan {scan.name}"
         raise ScanError(f"{away}: it is the mask of another scan.")
@@ -142,11 +178,7 @@ def read_mask(
     path = Path(path)
     if not path.exists():
         raise ScanError(f"{path} does not exist; the mask of {scan.name} is needed.")
-
-    def convert(values, start):
-        return labels.to_classes(values, path, start)
-
-    mask, affine, _ = _read_volume(path, convert, np.uint8, scan.affine)
+    mask, affine, *_ = _read_volume(path, labels.to_classes, np.uint8, scan.affine)
     _check_place(affine, mask.shape, scan, path)
     return mask
 
@@ -170,11 +202,11 @@ def read_organ_masks(
     scan: Scan,  # the scan they belong to
     labels: LabelMap = label_map("totalsegmentator"),  # from names to classes
 ) -> np.ndarray:  # uint8, class ids, (z, row, col), on the scan's grid
-    "One mask of several files; raises `ScanError`."
+    "One mask of several files; raises `ScanError`, or `DataError` for values in between."
     mask = np.zeros(scan.hu.shape, np.uint8)
     for path in paths:
         if organ := labels.class_of(path.name.split(".")[0]):
-            inside, affine, _ = _read_volume(path, lambda values, _: values != 0, bool, scan.affine)
+            inside, affine, *_ = _read_volume(path, whole_numbers, bool, scan.affine)
             _check_place(affine, inside.shape, scan, path)
             add_organ(mask, inside, organ, path)
     return mask

@@ -8,7 +8,7 @@ __all__ = ['save_png_masks', 'probability_file', 'source_headers', 'organ_codes'
 # %% ../../nbs/ct/11_outputs.ipynb #7a190cc3
 import hashlib
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -18,7 +18,6 @@ import numpy as np
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.tag import Tag
@@ -33,6 +32,7 @@ from skimage.measure import find_contours
 from .. import __version__
 from .organs import ALL_ORGANS, CLASSES, ORGANS, Organ, in_words, palette
 from .scan import Scan, in_source_order
+from .series import read_dicom
 from ..files import ConfigError, OutputError, RsnaSegError, ScanError, whole_file, writing
 
 # %% ../../nbs/ct/11_outputs.ipynb #10645cd9
@@ -81,12 +81,10 @@ _MAY_BE_EMPTY = {  # and how pydicom reads them
 def _fill(header, scan):
     "Writes into a slice's header what the standard requires and it lacks."
     for tag, kind in _MAY_BE_EMPTY.items():
-        try:
-            readable = kind(header[tag].value) is not None and header[tag].value is not None
-        except (KeyError, ValueError, TypeError):
-            readable = False
-        if not readable:
-            setattr(header, tag, "")
+        with suppress(KeyError, ValueError, TypeError):  # absent or not to be read
+            if header[tag].value is not None and kind(header[tag].value) is not None:
+                continue
+        setattr(header, tag, "")
     if header.PatientSex not in ("M", "F", "O"):
         header.PatientSex = ""
     series = header.get("SeriesInstanceUID")
@@ -100,14 +98,14 @@ def _fill(header, scan):
     header.pop("SpacingBetweenSlices", None)  # often wrong; the positions tell
 
 # %% ../../nbs/ct/11_outputs.ipynb #2d7e6bc9
-_OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient")
+_OF_ONE = ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient", "Rows")
 
 
 def _read_header(path, tags=None):
     "A slice's header, or these elements of it; raises `ScanError`."
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except (OSError, EOFError, InvalidDicomError) as error:
+        return read_dicom(path, stop_before_pixels=True, specific_tags=tags)
+    except OSError as error:
         raise ScanError(f"{path} cannot be read again ({error}); put the series back.") from error
 
 # %% ../../nbs/ct/11_outputs.ipynb #1c2431d6
@@ -117,10 +115,8 @@ _OF_ALL = (
 )  # fmt: skip
 
 
-def source_headers(
-    scan: Scan,  # read from DICOM
-) -> list[Dataset]:  # a header a slice, in the order of the source's third axis
-    "What to refer to, gaps filled; raises `OutputError` for a scan that is no DICOM."
+def source_headers(scan: Scan) -> list[Dataset]:
+    "A header a slice in the source's order, its gaps filled; raises `OutputError` without DICOM."
     if not scan.source.files:
         raise OutputError(f"{scan.source.path} has no DICOM series to refer to; use NIfTI.")
     first, *others = scan.source.files
@@ -141,9 +137,7 @@ def source_headers(
     return headers
 
 # %% ../../nbs/ct/11_outputs.ipynb #b5b183eb
-def organ_codes(
-    organ: Organ,
-) -> tuple:  # the code, and a modifier for the side or None
+def organ_codes(organ: Organ) -> tuple:  # the code, and a modifier for the side or None
     "What the organ is, in SNOMED CT, as DICOM's context groups 7151 and 244 have it."
     if not organ.paired:
         return Code(organ.snomed[0], "SCT", organ.name), None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LPS_RAS', 'PATIENT_AXES', 'SLAB', 'window', 'Grid', 'slice_normal', 'slice_step', 'even_positions', 'Scan', 'jpeg',
-           'mid_planes', 'empty_volume', 'to_hu', 'on_grid', 'in_source_order', 'to_square', 'square_grid',
+           'mid_planes', 'empty_volume', 'to_hu', 'hu_doubts', 'on_grid', 'in_source_order', 'to_square', 'square_grid',
            'off_square']
 
 # %% ../../nbs/ct/01_scan.ipynb #9a314d6b
@@ -205,6 +205,18 @@ def to_hu(
     if values.dtype != np.int16 and values.size and (values.min() < -32768 or values.max() > 32767):
         values = np.clip(values, -32768, 32767)
     return values.astype(np.int16, copy=False)
+
+# %% ../../nbs/ct/01_scan.ipynb #b264e3fc
+def hu_doubts(hu: np.ndarray, path: str | Path) -> tuple:
+    "A sentence on the file if its values do not look like HU, or none."
+    low, high = int(hu.min()), int(hu.max())
+    if low < -200 and np.percentile(hu[::4, ::4, ::4], 99) < 4000:
+        return ()
+    why = "no air, which is at -1000 HU" if low >= -200 else "much that is denser than bone"
+    what = "grey values, MR or numbers without the rescale intercept"
+    if high < 256 and high - low < 120:
+        what = "a mask of labels"
+    return (f"{path} holds values from {low} to {high} and {why}: is it {what}?",)
 
 # %% ../../nbs/ct/01_scan.ipynb #97ea0e6b
 SLAB = 32  # slices converted at once

@@ -30,7 +30,7 @@ from ..ct.phantom import draw_patient, render
 from ..ct.scan import window
 from .graph import export_onnx, need, still, tracing
 from ..files import ConfigError, whole_file
-from ..model import ENCODER, Card, as_input, file_sha256, load_checkpoint
+from ..model import CARD, ENCODER, Card, as_input, file_sha256, load_checkpoint
 
 # %% ../../nbs/engines/02_export.ipynb #a03d1198
 def export_torchscript(
@@ -222,9 +222,10 @@ def save_pretrained(
     model, card = load_checkpoint(checkpoint)
     folder = Path(folder)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    card = replace(card, sha256="", config=without_folders(card.config))
     with whole_file(folder / "model.safetensors") as part:
-        part.write_bytes(save(weights, {"format": "pt"}))
-        card = replace(card, sha256=file_sha256(part), config=without_folders(card.config))
+        part.write_bytes(save(weights, {"format": "pt", CARD: json.dumps(vars(card))}))
+        card = replace(card, sha256=file_sha256(part))
     network = {"_model_class": "Unet", "encoder_name": ENCODER, "encoder_weights": None}
     network |= {"in_channels": 3, "classes": len(CLASSES)}
     texts = {
@@ -249,9 +250,6 @@ def hub_errors(
         raise ConfigError(f"{what} ({reason}); check the name and `hf auth login`.") from error
 
 # %% ../../nbs/engines/02_export.ipynb #21105143
-_FILES = ["model.safetensors", "model.json", "config.json"]  # that loading needs
-
-
 def from_pretrained(
     name_or_folder: str | Path,  # that `save_pretrained` wrote, or "owner/name" on the hub
     revision: str | None = None,  # branch, tag or commit on the hub
@@ -260,9 +258,7 @@ def from_pretrained(
     name, folder = str(name_or_folder), Path(name_or_folder)
     if not folder.is_dir():
         with hub_errors(f"{name} is no folder here, and cannot be downloaded from the hub"):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    if missing := [file for file in _FILES if not (folder / file).exists()]:
-        raise ConfigError(f"{folder} has no {missing[0]}; give one that save_pretrained wrote.")
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["model.*"]))
     return load_checkpoint(folder / "model.safetensors")
 
 # %% ../../nbs/engines/02_export.ipynb #2551576a

@@ -27,43 +27,36 @@ def differences_figure(
     metric: str = "dice",  # its key
 ):
     "The difference of a metric by organ, a dot a patient."
-    columns = {f"{metric}_a": "a", f"{metric}_b": "b"}
-    pairs = result.volumes.groupby(["patient", "organ"], as_index=False)[list(columns)].mean()
-    pairs = pairs.rename(columns=columns)
-    rows = result.tables[metric].iterrows()
-    intervals = {key: (row.difference, row.low, row.high) for key, row in rows}
-    about = METRICS[metric]
-    return paired_differences(pairs, intervals, result.names, about.name, about.better)
+    volumes, about, means = result.volumes, METRICS[metric], result.tables[metric]
+    gains = volumes.assign(gain=volumes[f"{metric}_b"] - volumes[f"{metric}_a"])
+    gains = gains.groupby(["patient", "organ"], as_index=False).gain.mean()
+    return paired_differences(gains, means, result.names, about.name, about.better)
 
 # %% ../../nbs/report/05_comparison.ipynb #9d1b0413
 def _sentences(result):
     "What a reader should know first about two models."
-    a, b = result.names
-    table = result.tables["dice"]
-    row, organs = table.loc[MEAN], table.drop(MEAN).dropna(subset=["low"])
+    (a, b), row = result.names, result.tables["dice"].loc[MEAN]
+    verdicts = result.shown().verdict
     cases = result.volumes[["patient", "series"]].drop_duplicates()
-    sure = "too few patients for an interval"
+    sure = verdicts[MEAN]
     if not np.isnan(row.low):
-        sure = f"95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g}"
+        sure += f" (95 % interval {row.low:+.3f} to {row.high:+.3f}, p = {row.p:.2g})"
     text = [
         f"{b} against {a} on {len(cases)} volumes of {cases.patient.nunique()} patients.",
         f"Mean Dice of the organs: {row.b:.3f} against {row.a:.3f}, a difference of"
-        f" {row.difference:+.3f} ({sure}).",
+        f" {row.difference:+.3f}: {sure}.",
     ]
-    kinds = {
-        f"{b} is better by more than chance in": organs.low > 0,
-        f"{a} is better by more than chance in": organs.high < 0,
-        "No sure difference in": (organs.low <= 0) & (organs.high >= 0),
-    }
-    return text + [f"{k}: {in_words(organs.index[v])}." for k, v in kinds.items() if v.any()]
+    for verdict, organs in verdicts[verdicts != ""].drop(MEAN).groupby(verdicts).groups.items():
+        claimed = f"{verdict} by more than chance"
+        says = claimed if verdict.endswith(" is better") else verdict.capitalize()
+        text.append(f"{says} in: {in_words(organs)}.")
+    return text
 
 # %% ../../nbs/report/05_comparison.ipynb #ffea7297
 def _metric_section(result, metric):
-    a, b = result.names
-    names = {"a": a, "b": b, "n": "patients", "low": "95 % from", "high": "to"}
-    table = result.tables[metric.key].rename(columns=names, index=NAMES)
+    table = result.shown(metric.key).dropna(axis=1, how="all").rename(index=NAMES)
     text = f"{metric.name}: {metric.definition} {BETTER[metric.better]}"
-    absent = "no patient has this score in both, or too few for an interval"
+    absent = "no patient has this score in both, or too few to tell"
     return Section(metric.name, text, table, digits=max(2, metric.digits), absent=absent)
 
 
@@ -87,11 +80,9 @@ def _case_parts(result, cases):
     }  # fmt: skip
     caption = f"Above {a}, below {b}. Filled: prediction; outlined: truth."
     for case in cases:
-        rows = result.volumes.query("patient == @case.patient and series == @case.series")
-        table = rows.set_index("organ")[list(shown)].rename(columns=shown)
         name = f"{case_name(case)}.png"
         image = _stacked([folder / "cases" / name for folder in result.folders])
-        yield case_section(case, table, rows.note_a, image, caption)
+        yield case_section(case, result.volumes, shown, image, caption, "note_a")
 
 
 def _cases(result, most=20):
@@ -110,11 +101,13 @@ def _cases(result, most=20):
 
 # %% ../../nbs/report/05_comparison.ipynb #cdeac2af
 _EXPLAIN = [
+    "Interval: the mean differences that the sign-flip test does not reject, at least 95 % sure; of"
+    " organs as wide as Holm's correction asks. It leaves out 0 where p is at most 0.05.",
     "Difference: score of the second model minus that of the first, patient by patient, averaged.",
-    "Interval: 95 % BCa bootstrap over patients of the mean difference. If it does not hold 0, the"
-    " difference is unlikely to be chance.",
-    "p: two-sided Wilcoxon signed-rank test over patients. The page makes many tests; a single p"
-    " just below 0.05 among them is what chance gives.",
+    "p: two-sided sign-flip test over patients, of organs after Holm's correction for their number."
+    " Different scores are not corrected for each other.",
+    "Better: p is at most 0.05. A failure that none of these patients shows is not reckoned with.",
+    "Too few patients to tell: below 6 no p is below 0.05, for one organ of five below 8.",
     "Patients that only one model was judged on, and organs that are absent or not labelled, count"
     " for neither.",
 ]
@@ -126,9 +119,8 @@ def _sources(result):
     for name, folder, report in zip(result.names, result.folders, result.metrics):
         kept = {key: report[key] for key in ("models", "part", "data", "versions")}
         numbers.append({"name": name, "folder": str(folder), **kept})
-        judged = [model["checkpoint"] for model in report["models"]]
-        judged = ", ".join(judged) or report["data"].get("predicted", "")
-        notes.append(f"{name}: {folder}, {judged}")
+        judged = ", ".join(model["checkpoint"] for model in report["models"])
+        notes.append(f"{name}: {folder}, {judged or report['data'].get('predicted', '')}")
     return numbers, notes
 
 
@@ -150,9 +142,10 @@ def write_comparison(
         "left_out": result.left_out, "scores": result.tables,
     }  # fmt: skip
     write_numbers(out, numbers, result.volumes, result.slices)
+    explained = _EXPLAIN if result.tables["dice"].low.count() else _EXPLAIN[1:]
     sections = [
         figures[0], _cases(result), *(_metric_section(result, metric) for metric in known),
-        *figures[1:], Section("How each number is defined", notes=_EXPLAIN),
+        *figures[1:], Section("How each number is defined", notes=explained),
         Section("What it rests on", notes=ground),
     ]  # fmt: skip
     title = " and ".join(result.names)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'MOST_CASES', 'BETTER', 'case_drawer', 'slice_table', 'sentences', 'organ_table', 'example_figure',
-           'histories', 'labelled_confusion', 'figures', 'case_section', 'write_numbers', 'write_evaluation']
+           'histories', 'figures', 'case_section', 'write_numbers', 'write_evaluation']
 
 # %% ../../nbs/report/02_evaluation.ipynb #ef5d6790
 import json
@@ -21,16 +21,14 @@ from ..ct.organs import ALL_ORGANS, CLASSES, ORGAN, ORGANS, in_words
 from ..files import whole_file
 from .page import Section, format_value, write_report
 from rsna_seg.report.plots import (
-    boundary_box, case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, patient_dice,
+    case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, organ_dots,
     reliability_curves, roc_curves, save_png, training_curves,
 )  # fmt: skip
-from ..scoring.intervals import MEAN
+from ..scoring.intervals import MEAN, interval_text
 from rsna_seg.scoring.judge import (
     LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain, states,
 )  # fmt: skip
-from rsna_seg.scoring.metrics import (
-    METRICS, calibration_error, class_outcomes, pixel_accuracy, side_confusion,
-)  # fmt: skip
+from ..scoring.metrics import METRICS, class_outcomes, pixel_accuracy, side_confusion
 
 # %% ../../nbs/report/02_evaluation.ipynb #739426bc
 def _draw_case(folder, case):
@@ -64,14 +62,6 @@ def slice_table(
 NAMES = {o.key: o.name for o in ORGANS} | {MEAN: MEAN.capitalize()}  # of rows, for people
 
 
-def _interval_text(row, digits=3):
-    'Such as "0.931 (0.905 to 0.952)"; None without a mean.'
-    if pd.isna(row["mean"]):
-        return None
-    around = "" if pd.isna(row.low) else f" ({row.low:.{digits}f} to {row.high:.{digits}f})"
-    return f"{row['mean']:.{digits}f}{around}"
-
-
 def _counted(result, state):
     "Organs with this state in some volume: such as “spleen in 1 of 8 volumes”."
     table = states(result)
@@ -94,11 +84,12 @@ def sentences(
     ]
     if organs.empty:
         return [*text, "None of the labelled organs is in these volumes: there is no Dice."]
-    overlap = {key: _interval_text(row) for key, row in dice.iterrows()}
+    overlap = {key: interval_text(row) for key, row in dice.iterrows()}
     best, worst = organs.idxmax(), organs.idxmin()
+    overlap[MEAN] = interval_text(dice.loc[MEAN], name="95 % interval ")
     text += [
-        f"Mean Dice of the organs over patients: {overlap[MEAN]}, in brackets the 95 % interval."
-        " 1 is a perfect outline, 0 no overlap.",
+        f"Mean Dice of the organs over patients: {overlap[MEAN]}; of pooled pixels"
+        f" {levels(result).loc[MEAN, 'pooled pixels']:.3f}. 1 is a perfect outline, 0 no overlap.",
         f"Best outlined: {NAMES[best].lower()} with {overlap[best]};"
         f" worst: {NAMES[worst].lower()} with {overlap[worst]}.",
     ]
@@ -112,11 +103,9 @@ def sentences(
     if absent := _counted(result, "absent"):
         text.append(f"Not there, and so not in the means: {absent}; what was found of it all the"
                     " same is its false-positive volume.")  # fmt: skip
-    sides = 100 * side_confusion(result.matrix)
-    if not np.isnan(sides):
+    if (sides := 100 * side_confusion(result.matrix)) >= 0:
         text.append(f"{sides:.1f} % of what was found of paired organs has the other side's name.")
-    unlabelled = in_words([key for key in ALL_ORGANS if key not in result.labelled])
-    if unlabelled:
+    if unlabelled := in_words([key for key in ALL_ORGANS if key not in result.labelled]):
         text.append(f"Not labelled in this data, and so not judged: {unlabelled}.")
     right = 100 * pixel_accuracy(result.matrix)
     return [*text, f"{right:.2f} % of all pixels have the right class, most of them background."]
@@ -130,11 +119,11 @@ def organ_table(
     "Means over patients with their intervals, and the patients that count."
     keys, counted = [*ALL_ORGANS, MEAN], states(result)
     table = pd.DataFrame({"patients": scores["dice"].n.reindex(keys)}, index=keys)
-    reasons = pd.DataFrame("no patient has a value", keys, ["patients"])
+    names = ["patients", *(METRICS[key].name for key in chosen)]
+    reasons = pd.DataFrame("no patient has a value", keys, names)
     for metric in (METRICS[key] for key in chosen):
         rows = scores[metric.key].loc[keys]
-        table[metric.name] = [_interval_text(row, metric.digits) for _, row in rows.iterrows()]
-        reasons[metric.name] = "no patient has a value"
+        table[metric.name] = [interval_text(row, metric.digits) for _, row in rows.iterrows()]
         if not metric.counts and result.volumes.predicted_ml.isna().all():
             reasons[metric.name] = "the size of the pixels is unknown"
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
@@ -179,39 +168,29 @@ def histories(checkpoint: str | Path) -> list:
     return [own]
 
 # %% ../../nbs/report/02_evaluation.ipynb #6e389756
-def labelled_confusion(result: Evaluation):
-    "The confusion matrix in pixels and in shares; organs that are not labelled are marked."
-    fig, judged = confusion_matrix(result.matrix), (CLASSES[0].key, *result.labelled)
-    rows = [c.name if c.key in judged else f"{c.name}\n(not labelled)" for c in CLASSES]
-    fig.axes[0].set_yticklabels(rows)
-    return fig
-
-
 def figures(
     result: Evaluation,
     scores: dict,  # of `patient_scores`
 ) -> dict:  # name -> figure
     "What there is to draw."
-    overlap, volumes = scores["dice"].loc[result.labelled], result.volumes
-    intervals = dict(zip(overlap.index, zip(overlap.low, overlap.high)))
+    volumes = result.volumes
     by_patient = volumes.groupby(["patient", "organ"], as_index=False)[["dice", "hd95_mm"]].mean()
     drawn = {
-        "dice": organ_bars(overlap["mean"].to_dict(), intervals=intervals),
-        "patients": patient_dice(by_patient),
-        "confusion_matrix": labelled_confusion(result),
+        "dice": organ_bars(scores["dice"].loc[result.labelled]),
+        "patients": organ_dots(by_patient, "dice", "Dice"),
+        "confusion_matrix": confusion_matrix(result.matrix, result.labelled),
     }
     if result.pictures and volumes.dice.notna().any():
         drawn["examples"] = example_figure(result)
     if volumes.hd95_mm.notna().any():
-        drawn["boundary"] = boundary_box(by_patient)
+        drawn["boundary"] = organ_dots(by_patient, "hd95_mm", "HD95 in mm", log=True)
         drawn["dice_by_volume"] = dice_by_volume(volumes[["organ", "truth_ml", "dice"]])
     if result.roc is not None:
         scored = {key: result.roc.checked(ORGAN[key].id) for key in result.labelled}
         curves = {key: each.curve() for key, each in scored.items()}
         drawn["roc"] = roc_curves(curves, {key: each.area()[0] for key, each in scored.items()})
-        lines = {key: each.reliability() for key, each in scored.items()}
-        errors = {key: calibration_error(line) for key, line in lines.items()}
-        drawn["reliability"] = reliability_curves(lines, errors)
+        bins = {key: each.reliability() for key, each in scored.items()}
+        drawn["reliability"] = reliability_curves(bins)
     models = result.about.get("models", [])
     if models and (runs := histories(models[0]["checkpoint"])):
         drawn["training_curves"] = training_curves(*runs)
@@ -226,8 +205,7 @@ _DEFINITIONS = [
     " What is predicted of it is its false-positive volume.",
     "Missed organ: there, but nothing was predicted. Dice, IoU and NSD are 0 and count; distances"
     " do not exist and do not count.",
-    "Interval: 95 % BCa bootstrap over patients, 9999 draws. A patient with several scans counts"
-    " once, with their mean.",
+    "Mean: over patients. A patient with several scans counts once, with their mean.",
     "AUC-ROC: the chance that a pixel of the organ scores above one that is none.",
     "ECE: expected calibration error, the mean distance between probability and share of right"
     " pixels in 15 bins (Guo et al. 2017).",
@@ -237,13 +215,15 @@ _DEFINITIONS = [
 # %% ../../nbs/report/02_evaluation.ipynb #81142a69
 def case_section(
     case,  # has patient and series
-    table: pd.DataFrame,  # a row an organ
-    notes: pd.Series,  # why a place of the row is empty
+    volumes: pd.DataFrame,  # a row for each volume and organ
+    shown: dict,  # column -> its heading
     image: bytes | None,  # a PNG
     caption: str,
+    note: str = "note",  # the column that says why a place of the row is empty
 ) -> Section:
     "A foldable part about one volume."
-    texts = notes.astype(object).fillna("").to_numpy()
+    rows = volumes.query("patient == @case.patient and series == @case.series").set_index("organ")
+    table, texts = rows[list(shown)].rename(columns=shown), rows[note].astype(object).fillna("")
     reasons = pd.DataFrame({column: texts for column in table}, table.index)
     name = f"atient {case.patient}, series {case.series}"
     return Section(
@@ -258,12 +238,10 @@ def _case_parts(result, cases):
     shown = {metric.key: metric.name for metric in METRICS.values() if metric.first}
     shown |= {"truth_ml": "true, ml", "predicted_ml": "predicted, ml"}
     for case in cases[:MOST_CASES] if result.pictures else []:
-        rows = result.volumes.query("patient == @case.patient and series == @case.series")
-        table = rows.set_index("organ")[list(shown)].rename(columns=shown)
         picture = (result.pictures / f"{case_name(case)}.png").read_bytes()
-        yield case_section(case, table, rows.note, picture, "Filled: prediction; outlined: truth."
-                           " The patient's left is on the right of each slice; the first slice is"
-                           " nearest to the head.")  # fmt: skip
+        yield case_section(case, result.volumes, shown, picture, "Filled: prediction; outlined:"
+                           " truth. The patient's left is on the right of each slice; the first"
+                           " slice is nearest to the head.")  # fmt: skip
 
 
 def _cases(result):
@@ -287,7 +265,6 @@ def _cases(result):
     )  # fmt: skip
 
 # %% ../../nbs/report/02_evaluation.ipynb #2ea883b5
-_MEANS = "Means over patients, in brackets the 95 % interval for the mean of all such patients."
 _LEVELS = (
     "Quote the mean over patients. Pooled pixels let large organs and long scans weigh more; the"
     " mean over slices counts a sliver at an organ's end like its middle; the mean over volumes"
@@ -300,11 +277,14 @@ def _organ_sections(result, scores, drawn):
     first = [metric.key for metric in METRICS.values() if metric.first]
     table, reasons = organ_table(result, scores, first)
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
-    text = f"{_MEANS} “patients” counts those with a Dice; distances need a found organ, too."
+    means = "Means over patients."
+    if scores["dice"].low.count():
+        means += " Brackets: 95 % interval, all such patients (Gaffke 2005); mm and ml have none."
+    text = f"{means} “patients” counts those with a Dice; distances need a found organ, too."
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,
-                alt="Bars of mean Dice by organ with intervals"),
-        Section("Each organ, further scores", f"{_MEANS} The false-positive volume rests on"
+                alt="Bars of mean Dice by organ"),
+        Section("Each organ, further scores", f"{means} The false-positive volume rests on"
                 " patients without the organ.", more, absent=why),
     )  # fmt: skip
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'png_bytes', 'save_png', 'Paper', 'organ_legend', 'training_curves', 'LiveCurves', 'confusion_matrix',
-           'roc_curves', 'reliability_curves', 'case_panels', 'mosaic', 'organ_bars', 'patient_dice', 'boundary_box',
-           'dice_by_volume', 'paired_differences']
+           'roc_curves', 'reliability_curves', 'case_panels', 'mosaic', 'organ_bars', 'organ_dots', 'dice_by_volume',
+           'paired_differences']
 
 # %% ../../nbs/report/00_plots.ipynb #ddfdfdaf
 import base64
@@ -25,6 +25,8 @@ from PIL import Image
 
 from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, overlay, palette
 from ..files import whole_file
+from ..scoring.intervals import interval_text
+from ..scoring.metrics import calibration_error
 
 # %% ../../nbs/report/00_plots.ipynb #23db972f
 def png_bytes(
@@ -95,7 +97,7 @@ CURVES = {  # column of a history: panel, colour
     "valid_loss": ("Loss", "#CC3311"),
     "train_accuracy": ("Pixel accuracy", "#777777"),
     "valid_accuracy": ("Pixel accuracy", "#CC3311"),
-    "valid_dice": ("Dice, mean of organs", "#CC3311"),
+    "valid_dice": ("Dice of pooled pixels", "#CC3311"),
     "lr": ("Learning rate", "#777777"),
 }
 
@@ -124,8 +126,8 @@ def training_curves(
         _tidy(ax, title=panel)
         if len(stages) > 1:
             ax.axvline(shift + refined.epoch.iloc[0] - 0.5, color="#0077BB", linewidth=0.8)
-    axes["Dice, mean of organs"].set_title(",\n".join(["Dice, mean of organs", *title]))
-    axes["Dice, mean of organs"].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes["Dice of pooled pixels"].set_title(",\n".join(["Dice of pooled pixels", *title]))
+    axes["Dice of pooled pixels"].xaxis.set_major_locator(MaxNLocator(integer=True))
     if "lr" in history and (history.lr > 0).any():
         axes["Learning rate"].set_yscale("log")
     fig.supxlabel("epoch", fontsize=10)
@@ -149,6 +151,7 @@ class LiveCurves:
 # %% ../../nbs/report/00_plots.ipynb #4a2c09b9
 def confusion_matrix(
     matrix: np.ndarray,  # counts of pixels, (classes, classes), truth in rows
+    labelled: list = ALL_ORGANS,  # keys of the organs that the truth shows; the others are marked
 ) -> Paper:  # two panels
     "The confusion matrix in pixels, and in % of the pixels of each true class."
     total = matrix.sum(axis=1, keepdims=True)
@@ -164,6 +167,9 @@ def confusion_matrix(
     for ax, title in ((left, "Pixels"), (right, "% of each true class")):
         ax.set(title=title, xlabel="predicted", facecolor="#DDDDDD")
         ax.set_xticklabels(names, rotation=35, ha="right", rotation_mode="anchor")
+    known = CLASSES[0].key, *labelled
+    rows = [c.name if c.key in known else f"{c.name}\n(not labelled)" for c in CLASSES]
+    left.set_yticklabels(rows)
     left.set_ylabel("truth")
     return fig
 
@@ -192,7 +198,6 @@ def roc_curves(
 # %% ../../nbs/report/00_plots.ipynb #reliaco1
 def reliability_curves(
     curves: dict,  # organ key: table, a row a bin; columns score and share (0..1), pixels
-    ece: dict,  # organ key: expected calibration error, 0..1
 ) -> Paper:  # two panels; organs without a curve are left out
     "The share of pixels that are the organ, by their mean score, and how many pixels those are."
     fig = Paper(7.6, 2.6)
@@ -202,7 +207,7 @@ def reliability_curves(
         if o.key in curves and (curves[o.key].pixels > 0).any():
             bins = curves[o.key].query("pixels > 0")
             style = dict(color=o.color, marker=o.marker, markersize=5, linewidth=1.4)
-            label = f"{o.name}  {ece.get(o.key, np.nan):.4f}"
+            label = f"{o.name}  {calibration_error(bins):.4f}"
             left.plot(bins.score, bins.share, label=label, **style)
             right.plot(bins.score, bins.pixels, **style)
     axis = dict(xlabel="predicted probability, mean of the bin", xlim=(-0.02, 1.02))
@@ -285,32 +290,34 @@ def mosaic(
 
 # %% ../../nbs/report/00_plots.ipynb #c865480b
 def organ_bars(
-    values: dict,  # organ key: Dice, 0..1, NaN for an absent organ
-    label: str = "Dice",  # what the values are
-    intervals: dict | None = None,  # organ key: (low, high), NaN where there is none
+    table: pd.DataFrame,  # a row an organ key: mean Dice, low and high of its interval; NaN: none
 ) -> Paper:
     "A bar for each organ with its value beside its name, and its interval as a whisker."
-    organs = [o for o in ORGANS if o.key in values]
+    organs = [o for o in ORGANS if o.key in table.index]
     fig = Paper(6, 0.45 * len(organs) + 0.9)
     ax = fig.subplots()
     names = []
     for i, o in enumerate(organs):
-        value, (low, high) = values[o.key], (intervals or {}).get(o.key, (np.nan, np.nan))
-        ax.barh(i, value, color=o.color)
-        ax.plot([low, high], [i, i], "|-", color="black", markersize=8)
-        text = "absent" if np.isnan(value) else f"{value:.3f}"
-        whisker = f" ({low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
-        names.append(f"{o.name}  {text}{whisker}")
+        row = table.loc[o.key]
+        ax.barh(i, row["mean"], color=o.color)
+        ax.plot([row.low, row.high], [i, i], "|-", color="black", markersize=8)
+        names.append(f"{o.name}  {interval_text(row) or 'absent'}")
     ax.set_yticks(range(len(names)), names)
-    _tidy(ax, "x", xlabel=label, xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
+    _tidy(ax, "x", xlabel="Dice", xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
     return fig
 
 # %% ../../nbs/report/00_plots.ipynb #patieco1
-def _by_organ(table, column, label, box=True, scale="linear"):
+def organ_dots(
+    table: pd.DataFrame,  # a row a patient and organ; columns organ (key) and the one to draw
+    column: str,  # NaN where a patient has no value
+    label: str,  # what it is, with the unit
+    box: bool = True,  # around the middle half, from five dots on
+    log: bool = False,  # a logarithmic axis, from 0.1 on
+) -> Paper:
     "A row for each organ, a dot for each finite value, and how many there are."
     fig = Paper(7, 0.55 * len(ORGANS) + 0.9)
     ax = fig.subplots()
-    ax.set_xscale(scale)
+    ax.set_xscale("log" if log else "linear")
     values = table.loc[np.isfinite(table[column].astype(float)), ["organ", column]]
     many = values[values.groupby("organ")[column].transform("size") >= 5]
     if box and len(many):
@@ -318,28 +325,13 @@ def _by_organ(table, column, label, box=True, scale="linear"):
                     color="#E4E4E4", linewidth=1, showfliers=False)
     names = []
     for i, o in enumerate(ORGANS):
-        dots = values.loc[values.organ == o.key, column].astype(float)
+        dots = values.loc[values.organ == o.key, column].astype(float).clip(0.1 if log else None)
         y = i + 0.5 * (np.arange(1, len(dots) + 1) * 0.6180339887 % 1 - 0.5)
         ax.scatter(dots, y, s=26, color=o.color, edgecolor="black", linewidth=0.4, zorder=3)
         names.append(f"{o.name}\nn = {len(dots)}")
     ax.set_yticks(range(len(names)), names)
     _tidy(ax, "x", xlabel=label, ylabel="", ylim=(len(names) - 0.5, -0.5))
     return fig
-
-# %% ../../nbs/report/00_plots.ipynb #patieco2
-def patient_dice(
-    table: pd.DataFrame,  # a row a patient and organ; columns organ (key), dice (0..1 or NaN)
-) -> Paper:
-    "Dice by organ, a dot a patient."
-    return _by_organ(table, "dice", "Dice")
-
-# %% ../../nbs/report/00_plots.ipynb #boundco1
-def boundary_box(
-    table: pd.DataFrame,  # a row a patient and organ; columns organ (key), hd95_mm (may be NaN)
-) -> Paper:
-    "HD95 in mm by organ, a dot a patient."
-    table = table.assign(hd95_mm=table.hd95_mm.astype(float).clip(lower=0.1))
-    return _by_organ(table, "hd95_mm", "HD95 in mm", scale="log")
 
 # %% ../../nbs/report/00_plots.ipynb #volumco1
 def dice_by_volume(
@@ -360,19 +352,20 @@ def dice_by_volume(
 
 # %% ../../nbs/report/00_plots.ipynb #paireco1
 def paired_differences(
-    table: pd.DataFrame,  # a row a patient and organ; columns organ (key), a, b (NaN: none)
-    intervals: dict,  # organ key: (mean of b - a, low, high), NaN where there is none
+    table: pd.DataFrame,  # a row a patient and organ; columns organ (key), gain: b - a (NaN: none)
+    means: pd.DataFrame,  # a row an organ key: difference b - a, low, high; NaN: no interval
     names: tuple = ("A", "B"),  # of the two models
-    label: str = "Dice",  # what a and b are
-    better: str = "larger",  # or "smaller": which of them is
+    label: str = "Dice",  # what the gain is one of
+    better: str = "larger",  # or "smaller"
 ) -> Paper:
     "By organ what each patient gained from the second model, and the mean with its interval."
-    text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean with its 95 % interval"
-    fig = _by_organ(table.assign(gain=table.b - table.a), "gain", text, box=False)
+    text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean"
+    text += " with its interval" if means.low.count() else ""
+    fig = organ_dots(table, "gain", text, box=False)
     ax = fig.axes[0]
     ax.axvline(0, color="black", linewidth=0.8)
     for i, o in enumerate(ORGANS):
-        mean, *ends = intervals.get(o.key, (np.nan,) * 3)
+        mean, *ends = means.loc[o.key, ["difference", "low", "high"]]
         ax.plot(ends, [i, i], color="black", linewidth=2, zorder=4)
         ax.plot(mean, i, "D", color="black", markersize=8, markeredgecolor="white", zorder=5)
     most = np.abs(ax.get_xlim()).max()

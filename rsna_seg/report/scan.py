@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from ..ct.organs import CLASSES, ORGAN, ORGANS, overlay, palette
 from .page import TEMPLATES, Section, image_tag, write_report
@@ -227,7 +226,6 @@ def write_scan_report(
     mask: np.ndarray,  # class of each voxel, same shape
     spacing: tuple,  # mm of a voxel along z, row, col
     notes: list[str] = (),  # sentences about the scan and the method
-    figure: Figure | None = None,  # such as `preview`
     **options,  # most, side and positions, as for `viewer_data`
 ):
     "Write the report of a scan as one HTML file, whole or not at all; raises as `viewer_data`."
@@ -240,9 +238,6 @@ def write_scan_report(
                 digits=1, absent=why, notes=[CENTRES] if "x, mm" in table else []),
         Section("Slices", anchor="slices", html=viewer_html(data, absent)),
     ]  # fmt: skip
-    if figure is not None:
-        caption = "Three planes and a choice of slices; here slices are counted from 0."
-        sections.append(Section("Planes", figure=figure, caption=caption))
     if notes:
         sections.append(Section("About this scan", notes=list(notes)))
     write_report(path, title, summary, sections, warnings, heading="Please check", extra="scan")

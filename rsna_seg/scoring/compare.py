@@ -13,16 +13,16 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import DataError
-from .intervals import compare_patients, patient_means
+from .intervals import VERDICTS, ShownAsTable, compare_patients, patient_means
 from .judge import SCHEMA
 from .metrics import METRICS
 
 # %% ../../nbs/scoring/04_compare.ipynb #5d783252
-_KNOWN = 2, SCHEMA  # versions of metrics.json that can be compared
+_KNOWN = 2, 3, SCHEMA  # versions of metrics.json that can be compared
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(ShownAsTable):
     "Two models on the volumes that both have been judged on."
     names: tuple  # of the models, for people
     folders: tuple  # their report folders
@@ -32,11 +32,18 @@ class Comparison:
     tables: dict  # key of the metric -> DataFrame of `compare_patients`
     metrics: tuple  # the metrics.json of both
 
-    def __repr__(self):
-        return self.tables["dice"].round(4).to_string()
-
-    def _repr_html_(self):
-        return self.tables["dice"].round(4).to_html()
+    def shown(
+        self,
+        metric: str = "dice",  # its key
+    ) -> pd.DataFrame:
+        "The table of a metric with the models' names, and in words what it says of them."
+        (a, b), better = self.names, METRICS[metric].better
+        higher, lower = (a, b) if better == "smaller" else (b, a)
+        says = "higher" if better == "near 0" else "better"
+        words = dict(zip(VERDICTS, (f"{higher} is {says}", f"{lower} is {says}")))
+        names = {"a": a, "b": b, "low": "interval from", "high": "to", "n": "patients"}
+        table = self.tables[metric].replace({"verdict": words}).rename(columns=names)
+        return table.assign(p=table.p.map("{:.2g}".format, na_action="ignore"))
 
 
 def _read_report(folder):
@@ -98,6 +105,8 @@ def compare(
     metrics, sides, slices = zip(*map(_read_report, folders))
     alike = folders[0].name == folders[1].name
     names = tuple(names or (str(f) if alike else f.name for f in folders))
+    if names[0] == names[1]:
+        raise DataError(f"Both models are called {names[0]}; give two folders, or other --names.")
     both = sides[0].merge(sides[1], on=["patient", "series", "organ"], suffixes=("_a", "_b"))
     if both.empty:
         raise DataError(f"{a} and {b} have no volume in common.")

@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 from ..ct.cases import case_name
-from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, only
+from ..ct.organs import ALL_ORGANS, CLASSES, ORGAN, ORGANS, only
 from ..files import ConfigError, DataError, RsnaSegError
-from .intervals import MEAN, interval_table, patient_means
+from .intervals import MEAN, ShownAsTable, interval_table, patient_means
 from rsna_seg.scoring.metrics import (
     METRICS, Distances, Outcome, RocHistogram, calibration_error, class_outcomes, merge_unlabelled,
     pixel_accuracy, score_table, side_confusion, slice_confusions,
@@ -152,7 +152,7 @@ class CaseSlices:
 
 # %% ../../nbs/scoring/02_judge.ipynb #a65e7686
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(ShownAsTable):
     "Scores of volumes."
     volumes: pd.DataFrame  # a row for each volume and organ: its metrics, and why a field is empty
     slices: pd.DataFrame  # patient, series and z of each slice
@@ -174,11 +174,11 @@ class Evaluation:
         "Pooled Dice, IoU and AUC-ROC of each class."
         return score_table(self.matrix, self.roc.auc() if self.roc else None, self.labelled)
 
-    def __repr__(self):
-        return self.table.round(4).to_string()
-
-    def _repr_html_(self):
-        return self.table.round(4).to_html()
+    def shown(self):
+        "The Dice to quote, the mean over patients, with its interval; beside it pooled pixels."
+        names = {"mean": "Dice", "low": "95 % from", "high": "to", "n": "patients"}
+        table = interval_table(patient_means(self.volumes, "dice")).rename(columns=names)
+        return table.join(levels(self)["pooled pixels"])
 
 # %% ../../nbs/scoring/02_judge.ipynb #151c78b2
 class _Case:
@@ -295,17 +295,17 @@ def levels(
     for name, values in rows.items():
         table[f"mean over {name}"] = values.mean()
     table.loc[MEAN] = table.mean()
-    for name, values in rows.items():
-        table[name] = [*values.notna().sum(), values.notna().any(axis=1).sum()]
-    return table.rename_axis("organ")
+    known = {name: values.notna() for name, values in rows.items()}
+    counts = {name: [*each.sum(), each.any(axis=1).sum()] for name, each in known.items()}
+    return table.assign(**counts).rename_axis("organ")
 
 # %% ../../nbs/scoring/02_judge.ipynb #ec13329d
 def patient_scores(
     result: Evaluation,
-    **how,  # of `mean_interval`
 ) -> dict:  # key of the metric -> DataFrame of `interval_table`
-    "Each metric as a mean over patients with its interval."
-    return {key: interval_table(patient_means(result.volumes, key), **how) for key in METRICS}
+    "Each metric as a mean over patients, shares with their interval."
+    means = {key: patient_means(result.volumes, key) for key in METRICS}
+    return {key: interval_table(each, share=METRICS[key].share) for key, each in means.items()}
 
 
 def states(
@@ -320,16 +320,14 @@ def calibration(
     result: Evaluation,
 ) -> pd.DataFrame:  # a row a labelled organ
     "Expected calibration error over all pixels and over those with a probability of at least 1 %."
-    rows = {}
-    for o in ORGANS:
-        if o.key in result.labelled:
-            histogram = result.roc.checked(o.id)
-            errors = [calibration_error(histogram.reliability(above=least)) for least in (0, 0.01)]
-            rows[o.key] = dict(zip(("ECE", "ECE above 1 %"), errors))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("organ")
+    scores = {key: result.roc.checked(ORGAN[key].id) for key in result.labelled}
+    table = pd.DataFrame(index=pd.Index(scores, name="organ"))
+    for name, least in {"ECE": 0, "ECE above 1 %": 0.01}.items():
+        table[name] = [calibration_error(each.reliability(above=least)) for each in scores.values()]
+    return table
 
 # %% ../../nbs/scoring/02_judge.ipynb #49f0cef7
-SCHEMA = 3  # of metrics.json; rises when a field changes its name or meaning
+SCHEMA = 4  # of metrics.json; rises when a field changes its name or meaning
 LIBRARIES = (
     "rsna_seg", "torch", "segmentation-models-pytorch", "surface-distance", "scipy", "scikit-learn",
     "numpy", "pandas",

@@ -111,6 +111,7 @@ class Metric:
     digits: int = 3  # after the point
     better: str = "larger"  # or "smaller"; "near 0" for a bias
     counts: bool = False  # whether pixels alone are enough, so that a single slice has it too
+    share: bool = False  # whether it lies in 0..1, without which its mean has no interval
     first: bool = False  # whether it stands in the first table of a report
 
 # %% ../../nbs/scoring/00_metrics.ipynb #d1e57267
@@ -128,16 +129,16 @@ METRICS = {metric.key: metric for metric in [
     Metric(
         "dice", "Dice", lambda o: 2 * o.right / (o.true + o.predicted),
         "twice the overlap of two outlines over the sum of both areas, 0 to 1.",
-        counts=True, first=True,
+        counts=True, share=True, first=True,
     ),
     Metric(
         "iou", "IoU", lambda o: o.right / (o.true + o.predicted - o.right),
-        "the overlap of two outlines over their union, 0 to 1.", counts=True,
+        "the overlap of two outlines over their union, 0 to 1.", counts=True, share=True,
     ),
     Metric(
         "nsd", "NSD", _nsd,
         "share of both surfaces that lies within a tolerance of the other (Nikolov et al. 2021)."
-        " The tolerance is listed below.", first=True,
+        " The tolerance is listed below.", share=True, first=True,
     ),
     Metric(
         "hd95_mm", "HD95, mm",
@@ -194,12 +195,9 @@ def merge_unlabelled(
 # %% ../../nbs/scoring/00_metrics.ipynb #aba5e8b1
 def mean_organs(
     values: np.ndarray,  # one value a class, (6,), NaN for none
-    background: bool = False,  # whether class 0 counts too
 ):  # NaN if no class has a value
     "The mean over the organs that have a value."
-    values = np.asarray(values, dtype=float)[0 if background else 1 :]
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(pd.Series(values[1:], dtype=float).mean())
 
 # %% ../../nbs/scoring/00_metrics.ipynb #975d3590
 def volume_dice(
@@ -222,24 +220,18 @@ def side_confusion(
     return float(swapped / (right + swapped)) if right + swapped else float("nan")
 
 # %% ../../nbs/scoring/00_metrics.ipynb #e5f1c783
-_MEANS = "Mean of organs", "Mean with background"
-
-
 def score_table(
     matrix: np.ndarray,  # counts, (6, 6), truth in rows
     auc: np.ndarray | None = None,  # one value a class, (6,), NaN for none
     labelled: list[str] = ALL_ORGANS,  # keys of the organs that the truth tells apart
 ):  # DataFrame, a row for each class and two for the means; pixels are those of the truth
     "The metrics that pixels tell, AUC-ROC and the true pixels of each class, and the means."
-    outcome = class_outcomes(matrix)
-    scores = {m.name: m.of(outcome) for m in METRICS.values() if m.counts}
+    outcome, pixels = class_outcomes(matrix), matrix.sum(axis=1)
+    classes = pd.Index([c.name for c in CLASSES], name="class")
+    table = pd.DataFrame({m.name: m.of(outcome) for m in METRICS.values() if m.counts}, classes)
     if auc is not None:
-        scores["AUC-ROC"] = np.asarray(auc, dtype=float)
-    table = pd.DataFrame(
-        {name: [*v, mean_organs(v), mean_organs(v, background=True)] for name, v in scores.items()},
-        index=pd.Index([*(c.name for c in CLASSES), *_MEANS], name="class"),
-    )
-    pixels = matrix.sum(axis=1)
+        table["AUC-ROC"] = auc
+    table.loc["Mean of organs"], table.loc["Mean with background"] = table[1:].mean(), table.mean()
     table["pixels"] = pd.array([*pixels, pixels[1:].sum(), pixels.sum()], dtype="Int64")
     table.loc[[o.name for o in ORGANS if o.key not in labelled], "pixels"] = pd.NA
     return table
