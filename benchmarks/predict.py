@@ -162,8 +162,11 @@ def fitted_weights(path):
 
 
 def same_voxels(a, b):
-    "Share of equal voxels of two masks on disk; ends the run where it is too small to compare times."
-    share = float((np.asarray(nib.load(a).dataobj) == np.asarray(nib.load(b).dataobj)).mean())
+    "Share of equal voxels of two masks on disk; ends the run where it is too small to compare times, or both are empty."
+    masks = [np.asarray(nib.load(path).dataobj) for path in (a, b)]
+    if not any(mask.any() for mask in masks):
+        raise SystemExit(f"{a} and {b} hold no organ, which shows nothing; give other weights with --checkpoint.")
+    share = float((masks[0] == masks[1]).mean())
     if share < SAME:
         raise SystemExit(f"Unequal work: only {share:.3%} of the voxels of {a} and {b} are equal, so their times cannot be compared.")
     return share

@@ -35,14 +35,16 @@ def script(monkeypatch):
 
 
 def test_unlike_masks_end_the_run(script, tmp_path):
-    "Where more than one voxel of a thousand differs."
-    for name, wrong in (("ours", 0), ("near", 9), ("far", 11)):
+    "Where more than one voxel of a thousand differs, or none is of an organ."
+    for name, found in (("ours", 100), ("near", 109), ("far", 111), ("empty", 0)):
         mask = np.zeros((10, 10, 100), np.uint8)
-        mask.flat[:wrong] = 1
+        mask.flat[:found] = 1
         nib.save(nib.Nifti1Image(mask, np.eye(4)), tmp_path / f"{name}.nii.gz")
     assert script.same_voxels(tmp_path / "ours.nii.gz", tmp_path / "near.nii.gz") == pytest.approx(0.9991)
     with pytest.raises(SystemExit, match="Unequal work: only 99.890% of the voxels"):
         script.same_voxels(tmp_path / "ours.nii.gz", tmp_path / "far.nii.gz")
+    with pytest.raises(SystemExit, match="hold no organ, which shows nothing"):
+        script.same_voxels(tmp_path / "empty.nii.gz", tmp_path / "empty.nii.gz")
 
 
 @pytest.mark.parametrize("card", [{"channels": "neighbours"}, {"labelled": ["liver"]}])
