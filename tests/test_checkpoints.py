@@ -191,7 +191,10 @@ def test_damaged_files(net, tmp_path):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:1_000_000])
     (tmp_path / "empty.pth").touch()
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    for name, says in (("cut", "cut short"), ("empty", "cut short"), ("page", "begins with '<!DOCTYPE html>'")):
+    flipped = bytearray((tmp_path / "whole.pth").read_bytes())
+    flipped[10_000_000] ^= 1  # a weight that is a little off
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    for name, says in (("flipped", "is not what was written"), ("cut", "cut short"), ("empty", "cut short"), ("page", "begins with '<!DOCTYPE html>'")):
         assert_refused(tmp_path / f"{name}.pth", says)
 
 
@@ -392,6 +395,15 @@ def test_what_is_assumed_is_said(net, world, tmp_path):
     done = rsna_seg("export", tmp_path / "theirs.pth", tmp_path / "hub", "--formats", "huggingface")
     assert done.returncode == 0 and note in done.stdout
     assert note in load_checkpoint(tmp_path / "hub" / "huggingface" / "model.safetensors")[1].notes[0]
+    assert f"\n- {note}" in (tmp_path / "hub" / "huggingface" / "README.md").read_text()
+
+
+def test_finetuning_asks_for_the_channels_of_a_bare_file(net, world, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "theirs.pth")
+    config = FinetuneConfig(size=64, channels="neighbours", workers=0)
+    with pytest.raises(ConfigError, match="theirs.pth takes --channels copies, not neighbours; fine-tune it with --channels copies"):
+        finetune(tmp_path / "theirs.pth", world / "data", tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_finetuning_and_evaluation_go_on_from_it(net, world, tmp_path, capsys):

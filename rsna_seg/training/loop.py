@@ -11,7 +11,6 @@ __all__ = ['start_accelerator', 'rising_decay', 'exempt_depthwise', 'Loop', 'sha
 import math
 import os
 import sys
-import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..files import ConfigError, TrainingError, whole_file, writing
-from ..model import SegLoss, as_input, has_bf16, keep_memory, marginal_logits, write_tensors
+from rsna_seg.model import (
+    SegLoss, as_input, has_bf16, keep_memory, marginal_logits, read_stored, write_tensors,
+)  # fmt: skip
 from ..scoring.metrics import Confusion, merge_unlabelled
 
 # %% ../../nbs/training/00_loop.ipynb #c024be26
@@ -59,9 +60,7 @@ def rising_decay(
     return update
 
 # %% ../../nbs/training/00_loop.ipynb #514c371a
-def exempt_depthwise(
-    network: nn.Module,
-):
+def exempt_depthwise(network: nn.Module):
     "Keeps the depthwise convolutions out of autocast on a CPU."
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
@@ -105,10 +104,7 @@ class Loop:
         return [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
 
 # %% ../../nbs/training/00_loop.ipynb #7f82b0a3
-def shared(
-    accelerator: Accelerator,
-    network: nn.Module,
-) -> nn.Module:
+def shared(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     "The network as the processes train it together; `Loop` averages BatchNorm's statistics."
     model = accelerator.prepare_model(network)
     if accelerator.num_processes > 1:
@@ -215,10 +211,7 @@ class Tally:
         return merge_unlabelled(confusion.matrix(), labelled)
 
 # %% ../../nbs/training/00_loop.ipynb #0d16a573
-def freeze_encoder(
-    loop: Loop,
-    frozen: bool,
-):
+def freeze_encoder(loop: Loop, frozen: bool):
     "The encoder stops learning, or learns again."
     if loop.frozen != frozen:
         loop.frozen = frozen
@@ -285,10 +278,7 @@ def _parts(loop):
     }  # fmt: skip
 
 
-def read_state(
-    loop: Loop,
-    tally: Tally,
-) -> dict:
+def read_state(loop: Loop, tally: Tally) -> dict:
     "Everything that a run needs to go on after the latest step."
     parts = {name: part and part.state_dict() for name, part in _parts(loop).items()}
     return {**parts, "steps": loop.steps, "skipped": loop.skipped, "tally": dict(vars(tally))}
@@ -332,11 +322,7 @@ def load_state(
     states = [path for path in _states(out) if path.exists()]
     for path in states:
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
-            if damaged:
-                raise zipfile.BadZipFile(f"{damaged} in it is not what was written")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read_stored(path)
         except Exception as error:  # zip, pickle and torch each have their own
             reason = str(error).partition("\n")[0]
             print(f"{path} cannot be read ({reason}).", file=sys.stderr)
