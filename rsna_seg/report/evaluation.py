@@ -46,9 +46,7 @@ def case_drawer(folder: str | Path | None) -> Callable[[CaseSlices], None] | Non
     return None if folder is None else partial(_draw_case, Path(folder))
 
 # %% ../../nbs/report/02_evaluation.ipynb #880e88d4
-def slice_table(
-    result: Evaluation,
-) -> pd.DataFrame:  # a row a slice
+def slice_table(result: Evaluation) -> pd.DataFrame:  # a row a slice
     "Pixel accuracy and the pixel metrics of each organ in each slice; NaN where it is not shown."
     outcome = class_outcomes(result.counts)
     right = result.counts.trace(axis1=1, axis2=2) / result.counts.sum(axis=(1, 2))
