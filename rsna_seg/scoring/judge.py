@@ -300,9 +300,7 @@ def levels(
     return table.assign(**counts).rename_axis("organ")
 
 # %% ../../nbs/scoring/02_judge.ipynb #ec13329d
-def patient_scores(
-    result: Evaluation,
-) -> dict:  # key of the metric -> DataFrame of `interval_table`
+def patient_scores(result: Evaluation) -> dict:  # metric -> table of `interval_table`
     "Each metric as a mean over patients, shares with their interval."
     means = {key: patient_means(result.volumes, key) for key in METRICS}
     return {key: interval_table(each, share=METRICS[key].share) for key, each in means.items()}
