@@ -27,11 +27,8 @@ from .organs import CLASSES, palette
 from ..files import DataError
 
 # %% ../../nbs/ct/03_png.ipynb #8ea5c803
-def png_pixels(
-    data: bytes,  # of a file
-    path: str | Path,  # of the file, for messages
-) -> np.ndarray:  # as stored: uint8 or uint16, (row, col) or (row, col, colour) with blue first
-    "The pixels of a PNG; raises `DataError` if it is none or is damaged."
+def png_pixels(data: bytes, path: str | Path) -> np.ndarray:  # uint8 or uint16, blue first
+    "The pixels of a PNG; raises `DataError` if the file of that path is none or is damaged."
     pixels = None
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         with suppress(cv2.error):

@@ -311,14 +311,6 @@ class Store:
         return True
 
 # %% ../../nbs/ct/10_store.ipynb #36c3ac6a
-def _window(source, settings):
-    "The window of PNG pairs, given or judged by 200 pictures, or that of the settings."
-    if source.kind != PNG_PAIRS:
-        return png.Window(settings["level"], settings["width"])
-    counts = png.grey_counts([image for case in source.cases for _, image, _ in case.pairs])
-    return png.judge_window(png.find_landmarks(counts), settings.get("window_of_png"))
-
-
 def _write_tables(store, source, skipped, split):
     "Manifest, skipped series and description, from the parts."
     folder, parts = store.folder, [p for p in map(store.part, source.cases) if p.exists()]
@@ -334,11 +326,14 @@ def _write_tables(store, source, skipped, split):
         with whole_file(folder / "skipped.csv") as file:
             pd.DataFrame(skipped, columns=_SKIPPED).to_csv(file, index=False)
     notes = [line for p in parts for line in p.with_suffix(".txt").read_text().splitlines()]
-    window = _window(source, store.settings)
+    window, hidden = png.Window(store.settings["level"], store.settings["width"]), {}
+    if source.kind == PNG_PAIRS:
+        counts = png.grey_counts([image for case in source.cases for _, image, _ in case.pairs])
+        landmarks, given = png.find_landmarks(counts), store.settings.get("window_of_png")
+        window, hidden = png.judge_window(landmarks, given), {"level": None, "width": None}
     notes += [window.note] * bool(window.note)
-    gone = dict.fromkeys(("level", "width")) if source.kind == PNG_PAIRS else {}
     info = {
-        "version": 2, **store.settings, **gone, "window": window, "kind": source.kind,
+        "version": 2, **store.settings, **hidden, "window": window, "kind": source.kind,
         "labelled": list(source.labelled), "notes": [*source.notes, *notes],
         "patients": int(manifest.patient.nunique()), "slices": len(manifest),
         "fingerprint": hashlib.sha256((folder / "manifest.csv").read_bytes()).hexdigest(),
