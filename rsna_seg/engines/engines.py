@@ -273,7 +273,7 @@ def pick_engine(
     if not speeds:
         race_one = lambda name: measure_engine(make_engine(name, model, size), size)
         measured = {name: race_one(name) for name in race["engines"]}
-        speeds = read_speeds(path, race["engines"]) or measured  # another process may have been first
+        speeds = read_speeds(path, race["engines"]) or measured  # another process was first
         with suppress(OSError), whole_file(path) as part:  # without a cache it is measured again
             part.write_text(json.dumps({**race, "slices_per_second": speeds}, indent=2))
     return max(speeds, key=speeds.get), speeds
