@@ -19,10 +19,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from joblib import cpu_count
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
-from .ct.find import file_kind, unpacked
+from .ct.find import PNG_PAIRS, file_kind, unpacked
 from .ct.organs import ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
@@ -50,12 +51,8 @@ def balanced_draw(
     return min((rng.permutation(parts) for _ in range(draws)), key=unlike)
 
 # %% ../nbs/00_data.ipynb #d24466b1
-def check_patients(
-    patients: list[str],
-    valid: float,  # share of them for validation
-    notes: list[str] = (),  # on what was left out
-):
-    "Raises `DataError` if there are too few patients for a validation share."
+def check_patients(patients: list[str], valid: float, notes: list[str] = ()):
+    "Raises `DataError` with notes if there are too few patients for this share to validate on."
     if valid > 0 and len(set(patients)) < 2:
         what = (
             "There is one patient only, and a patient cannot be in training and validation at once:"
@@ -93,8 +90,9 @@ def add_split(
 class PrepareConfig(SourceConfig):
     "How a source becomes a dataset folder."
     size: int = 512  # pixels along both sides of the PNG files
-    level: float = 50.0  # HU in the middle of the window; of PNG pairs: the one they were made with
-    width: float = 400.0  # HU from black to white; of PNG pairs: the one they were made with
+    level: float = 50.0  # HU in the middle of the window; PNG pairs were windowed before
+    width: float = 400.0  # HU from black to white; PNG pairs were windowed before
+    window_of_png: tuple[float, float] | None = None  # level and width PNG pairs were made with
     valid: float = 0.1  # share of patients for validation; 0 keeps all for training
     folds: int = 5  # for cross-validation, by patient
     seed: int = 0  # of the split and the folds
@@ -130,6 +128,9 @@ def _look_at(source, mask, config, store):
         with unpacked(source, store.folder / "unpacked", config.all_series) as contents:
             recognised = find_source(contents, mask, config)
         check_patients([case.patient for case in recognised.cases], config.valid, recognised.notes)
+        if recognised.kind == PNG_PAIRS and (config.level, config.width) != (50, 400):
+            raise DataError(f"{source} holds PNG pairs, no HU: --window-of-png LEVEL WIDTH tells"
+                            " how they were made grey.")  # fmt: skip
     except (DataError, ScanError):
         if packed and fresh:
             shutil.rmtree(store.folder, ignore_errors=True)
@@ -259,14 +260,10 @@ class StepSampler(Sampler):
 # %% ../nbs/00_data.ipynb #83eff1fe
 def cores() -> int:
     "Processor cores for this process: its share, where several train on the machine."
-    all_cores = os.cpu_count()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by launchers
 
 # %% ../nbs/00_data.ipynb #57e86f7f
-def quiet_worker(
-    number: int,  # of the process
-):
+def quiet_worker(number: int):
     "Keeps OpenCV in a loader's process to one thread; there are enough processes."
     cv2.setNumThreads(0)
 

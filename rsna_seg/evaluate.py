@@ -156,12 +156,16 @@ def _about(path, card):
             "labelled": list(card.labelled), "config": card.config}  # fmt: skip
 
 # %% ../nbs/05_evaluate.ipynb #da6b8696
-def _check_window(card, info, path, data):
-    if (card.level, card.width) != (info["level"], info["width"]):
-        raise DataError(
-            f"{data} has the window {info['level']:g}/{info['width']:g} but {path} was trained with"
-            f" {card.level:g}/{card.width:g}; prepare the data with the same window."
-        )
+def _compare_windows(card, data, path):
+    "A sentence if the windows may differ; raises `DataError` if they are known and do."
+    ours, theirs = (card.level, card.width, card.window), data.window[:3]
+    if _same_data(card, data) or ours == theirs and card.window == "known":
+        return []
+    what = "{} has the window {:g}/{:g} ({}) but {} was trained with {:g}/{:g} ({})"
+    what = what.format(data.folder, *theirs, path, *ours)
+    if card.window == theirs[2] == "known":
+        raise DataError(f"{what}; prepare the data with the same window.")
+    return [f"{what}: if they are not the same, the scores say nothing."]
 
 # %% ../nbs/05_evaluate.ipynb #dbc12afa
 def _part_name(split, fold):
@@ -182,7 +186,7 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
     judge = Judge(data.info["labelled"], tolerance, draw=case_drawer(pictures))
     notes, parts = [], []
     for path, model, card in loaded:
-        _check_window(card, data.info, path, data.folder)
+        notes += _compare_windows(card, data, path)
         judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
         part = open_data(folder, judged_fold)
         _judge_part(judge, model.to(device), card, part, split, batch_size, workers, device)

@@ -42,8 +42,12 @@ def finetune(
     "Goes on from a checkpoint; raises `ConfigError` if it is not of this network."
     data = open_for_training(data, config)
     model, card = load_checkpoint(checkpoint)
-    if card.notes and os.environ.get("RANK", "0") == "0":
-        print(*card.notes, sep="\n")
+    notes, window = [*card.notes], (card.level, card.width, card.window)
+    if window[2] == data.window.sure == "known" and window != data.window[:3]:
+        seen = "level {:g}, width {:g}".format(*window[:2])
+        notes.append(f"{data.folder} is in another window than the checkpoint has seen, {seen}.")
+    if notes and os.environ.get("RANK", "0") == "0":
+        print(*notes, sep="\n")
     if card.channels != config.channels:
         raise ConfigError(
             f"{checkpoint} takes --channels {card.channels}, not {config.channels};"

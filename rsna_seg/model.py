@@ -261,6 +261,7 @@ class Card:
     size: int = 512  # pixels along both sides of the slices it was trained on
     level: float = 50.0  # HU in the middle of the window
     width: float = 400.0  # HU from black to white
+    window: Literal["known", "estimated", "assumed"] = "known"  # how sure level and width are
     encoder: str = ENCODER
     channels: Literal["copies", "neighbours"] = "copies"  # what `SliceDataset` gives as input
     labelled: list[str] = field(default_factory=lambda: list(ALL_ORGANS))  # organs it was taught
@@ -324,6 +325,9 @@ def _find_card(path, tensors):
         raise ConfigError(f"{source} holds no card of a checkpoint ({error}); {way}.") from error
     check_encoder(card.encoder)
     notes, known = [*card.notes], "size level width channels labelled".split()
+    if "level" in said and "window" not in said and not card.spacing:  # older, of PNG pairs
+        card = replace(card, window="assumed")
+        notes.append(f"{path.name} was taught on PNG pairs in a window that nobody told.")
     if unlike := [name for name, value in told.items() if value and value != said.get(name)]:
         way = "the card inside counts" if inside else "check what it says"
         what = f"{beside.name} is not of {path.name}: they differ in {', '.join(unlike)}"

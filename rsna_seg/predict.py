@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'USUAL_OUTPUTS', 'plan_work', 'Segmentation', 'Windowed', 'result_html', 'niivue_widget', 'PredictConfig',
-           'shared_card', 'Predictor', 'Output', 'as_json', 'write_volumes', 'write_page', 'write_seg',
+           'shared_card', 'png_window', 'Predictor', 'Output', 'as_json', 'write_volumes', 'write_page', 'write_seg',
            'write_rtstruct', 'write_masks', 'write_preview', 'check_outputs', 'save_segmentation']
 
 # %% ../nbs/06_predict.ipynb #cae54588
@@ -169,6 +169,7 @@ class PredictConfig:
     device: str | None = None  # cuda, cuda:1, cpu ...; the GPU if there is one
     batch_size: int = 4  # slices at once
     crop: bool = True  # leave out air and table around the body, and slices without a body
+    window_of_png: tuple[float, float] | None = None  # level and width of PNGs; else the network's
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
 
     def __post_init__(self):
@@ -176,10 +177,7 @@ class PredictConfig:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1.")
 
 # %% ../nbs/06_predict.ipynb #4c6ffecd
-def shared_card(
-    cards: list[Card],
-    paths: list[Path],  # of the checkpoints
-) -> Card:
+def shared_card(cards: list[Card], paths: list[Path]) -> Card:
     "The card that all checkpoints share; raises `ConfigError` if they cannot be averaged."
     for card, path in zip(cards, paths):
         for name in ("size", "level", "width", "channels", "labelled"):
@@ -190,6 +188,16 @@ def shared_card(
     return replace(cards[0], notes=[note for card in cards for note in card.notes])
 
 # %% ../nbs/06_predict.ipynb #990540d0
+def png_window(card: Card, given: tuple[float, float] | None) -> tuple[float, float]:
+    "Level and width of PNGs; raises `ConfigError` if they lack what the network is shown."
+    level, width = given or (card.level, card.width)
+    lack = abs(level - card.level) + (card.width - width) / 2  # HU beyond black or white
+    if card.window == "known" and lack > card.width / 10:
+        need = f"{lack:.0f} HU of the network's level {card.level:g}, width {card.width:g}"
+        raise ConfigError(f"PNGs of level {level:g}, width {width:g} lack {need}; give the CT.")
+    return level, width
+
+
 class Predictor:
     "Segments scans with a checkpoint, or with several."
 
@@ -203,6 +211,7 @@ class Predictor:
         models, cards = zip(*map(load_checkpoint, self.paths))
         self.sha256 = [file_sha256(path) for path in self.paths]
         self.config, self.card = config, shared_card(cards, self.paths)
+        self.png_window = png_window(self.card, config.window_of_png)
         size, device = self.card.size, config.device
         self.engine, self.speeds = config.engine, {}
         if config.engine == "auto":
@@ -244,7 +253,7 @@ class Predictor:
     ) -> Segmentation:
         "The scan's organs; raises `ScanError` if it cannot be read."
         if not isinstance(scan, Scan):
-            with opened(scan, level=self.card.level, width=self.card.width) as scan:
+            with opened(scan, None, None, *self.png_window) as scan:
                 return self(scan, probabilities)
         box, ranks = plan_work(scan, self.card, self.config.crop)
         mask, shape = np.zeros(scan.hu.shape, np.uint8), scan.hu.shape[1:]

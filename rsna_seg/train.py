@@ -174,9 +174,10 @@ def _keep(out, loop, data, config, history):
         mm = data.part("train")[["slice_mm", "row_mm", "col_mm"]].dropna().agg(["min", "max"])
         mm = mm.dropna() * [1, *2 * [data.info["size"] / config.size]]  # of the network's pixels
         card = Card(
-            config.size, data.info["level"], data.info["width"], dataset=data.info["fingerprint"],
-            channels=config.channels, labelled=loop.taught, spacing=mm.round(4).values.tolist(),
-            config=asdict(config), metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
+            config.size, *data.window[:3], notes=[n for n in data.window[3:] if n],
+            channels=config.channels, labelled=loop.taught, dataset=data.info["fingerprint"],
+            spacing=mm.round(4).values.tolist(), config=asdict(config),
+            metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
         )  # fmt: skip
         with writing(out):
             save_checkpoint(loop.judged, out / config.checkpoint, card)
@@ -325,9 +326,7 @@ def open_for_training(
     return data
 
 
-def begin_model(
-    config: TrainConfig,
-) -> nn.Module:
+def begin_model(config: TrainConfig) -> nn.Module:
     "The network that the first training starts from; raises `ConfigError` without its weights."
     torch.manual_seed(config.seed)
     return build_model(encoder_weights=config.encoder_weights)
@@ -347,9 +346,7 @@ def train(
     return fit(model, data, out, config, begin_with, watch=watch)
 
 # %% ../nbs/03_train.ipynb #ac941380
-def unlike_recipe(
-    config: FitConfig,
-) -> dict:  # name of the setting -> its value and the recipe's
+def unlike_recipe(config: FitConfig) -> dict:  # name of the setting -> its value and the recipe's
     "The settings that are not the recipe's."
     recipe, given = asdict(type(config)()), asdict(config)
     for settings in (recipe, given):

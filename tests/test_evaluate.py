@@ -83,12 +83,15 @@ def test_a_grid_that_is_no_square(tmp_path):
         assert np.allclose(*both, atol=0.02, rtol=1e-3, equal_nan=True)
 
 
-def test_organs_that_are_not_to_be_judged(world):
+def test_organs_that_are_not_to_be_judged(world, tmp_path):
     from rsna_seg.ct.cases import SourceConfig
 
     checkpoint, source = world / "runs" / "fold0" / "best_model_512.pth", SourceConfig(labelled=("liver", "spleen"), all_series=True)
     volumes = evaluate(checkpoint, world / "kaggle", device="cpu", source=source).volumes
     assert set(volumes.organ[volumes.state == "not labelled"]) == {"left_kidney", "right_kidney", "bowel"}
+    packed = evaluate(checkpoint, shutil.make_archive(tmp_path / "k", "zip", world / "kaggle"), device="cpu", source=source)
+    pd.testing.assert_frame_equal(packed.volumes, volumes)
+    assert packed.about["data"]["source"] == str(tmp_path / "k.zip") and packed.skipped.empty
     few = score_masks(world / "tool", world / "true", labelled=("bowel",)).volumes
     assert set(few.organ[few.state != "not labelled"]) == {"bowel"}
     with pytest.raises(DataError, match="such as c0 from which no patient can be read"):

@@ -150,7 +150,8 @@ def test_pngs_in_the_order_of_their_numbers(patient, tmp_path):
     assert [p.name for p in scan.source.pictures][:3] == ["slice1.png", "slice2.png", "slice3.png"] and scan.source.files == ()
     scan = read_input(tmp_path / "p", spacing_mm=(5, 0.8, 0.7), level=-600, width=1500)
     np.testing.assert_array_equal(window(scan.hu, -600, 1500), grey)
-    assert scan.spacing == (5, 0.8, 0.7) and scan.source.measured and len(scan.notes) == 1
+    assert scan.spacing == (5, 0.8, 0.7) and scan.source.measured
+    assert len(scan.notes) == 2 and "cannot be level -600, width 1500" in scan.notes[1]
     assert in_source_order(scan.hu, scan).shape == (48, 48, 12)
     one = read_input(tmp_path / "p" / "slice3.png")
     np.testing.assert_array_equal(window(one.hu), grey[2:3])

@@ -606,3 +606,19 @@ def test_the_same_sentence_from_every_door(tmp_path):
     for look in (find_source, read_input):
         with pytest.raises(RsnaSegError, match="holds zip files, such as a.zip; give one"):
             look(tmp_path / "letters")
+
+
+def test_a_folder_of_images_has_its_masks_beside_it(patients, tmp_path):
+    source = pairs(tmp_path / "s", patients, "p{}", "p{}", masks="labelsTr")
+    alone = find_source(source / "images")
+    assert [case.masks for case in alone.cases] == [case.masks for case in find_source(source).cases]
+    assert alone.notes == (f"The masks are those in {source / 'labelsTr'}.",)
+    assert len(scan_table(source / "images")) == 3
+
+
+def test_a_seg_of_another_series_is_named(segmented, tmp_path):
+    shutil.copytree(segmented / "p0" / "ct", tmp_path / "ct")
+    shutil.copy(segmented / "p1" / "seg.dcm", tmp_path / "seg.dcm")
+    with pytest.raises(DataError, match="1 DICOM SEG, but none of the same name, such as 1.2") as error:
+        find_source(tmp_path)
+    assert f"{tmp_path / 'seg.dcm'} (ReferencedSeriesSequence: 1.2" in str(error.value)

@@ -117,9 +117,7 @@ def _suspicion(suspects):
     )
 
 # %% ../../nbs/anatomy/03_inspect.ipynb #c4c53ba8
-def summarise(
-    quality: Quality,
-) -> list[str]:
+def summarise(quality: Quality) -> list[str]:
     "The sentences that a reader needs first."
     series, info = quality.series, quality.data.info
     others = [o.key for o in ORGANS if o.key not in info["labelled"]]
@@ -140,6 +138,7 @@ def summarise(
         " check.": others,
         f"{_count(unplaced, 'series')} without positions and spacing: volumes are unknown, pixels"
         " are shown instead, and head and feet are told only by what most series do.": unplaced,
+        quality.data.window.note: quality.data.window.note,
         f"{_count(len(skipped), 'series')} of the source could not be read and {are(skipped)} not"
         " in the data.": len(skipped),
     }

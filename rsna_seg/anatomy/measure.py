@@ -103,9 +103,7 @@ def _on_line(columns, ranks, astray):
     return np.where(np.abs(columns - start - slope * ranks) > astray, np.nan, columns)
 
 # %% ../../nbs/anatomy/00_measure.ipynb #5a391b6a
-def midline(
-    scan: Scan,
-) -> np.ndarray:  # columns, float, (z,); NaN if there is no body
+def midline(scan: Scan) -> np.ndarray:  # columns, float, (z,); NaN if there is no body
     "The column of each slice between the patient's right and left: that of the spine."
     every = max(1, round(_EVERY_MM / scan.spacing[0]))
     ranks = np.arange(0, len(scan.hu), every)

@@ -241,8 +241,7 @@ def _predict_scan(command):
     "One scan: its organs, what to look at, and where the files are."
     predictor = Predictor([command.checkpoint, *command.also], command.config)
     print(predictor)
-    level, width = predictor.card.level, predictor.card.width
-    with opened(command.scan, command.series, command.spacing, level, width) as scan:
+    with opened(command.scan, command.series, command.spacing, *predictor.png_window) as scan:
         check_outputs(command.outputs, scan)
         file = command.out / "probabilities.h5" if command.probabilities else None
         result = predictor(scan, file)

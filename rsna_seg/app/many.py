@@ -41,6 +41,7 @@ class Job:
         "Changes with the weights and with the settings that change the files."
         weights = [file_sha256(path) for path in self.checkpoints]
         config = [self.config.engine, self.config.crop, repr(self.config.postprocess)]
+        config += self.config.window_of_png or ()
         parts = [weights, config, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -85,9 +86,9 @@ def predict_one(job: Job, row: dict, fingerprint: str) -> dict:  # as for `read_
     if record["rows"]:
         return record
     predictor = _predictor(job.checkpoints, job.config, fingerprint)
-    out, card = Path(job.out, row["name"]), predictor.card
+    out = Path(job.out, row["name"])
     path, failed = record_paths(job, row["name"])
-    given = row["path"], row["series"] or None, row["spacing"], card.level, card.width
+    given = row["path"], row["series"] or None, row["spacing"], *predictor.png_window
     record["reason"] = ""
     try:
         with opened(*given) as scan, writing(out):

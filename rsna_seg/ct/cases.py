@@ -15,8 +15,8 @@ import pandas as pd
 
 from .dicom import read_seg, seg_classes
 from rsna_seg.ct.find import (
-    CASE_FOLDERS, KAGGLE, NAMED, NIFTI_PAIRS, PNG_PAIRS, case_folders, file_kind, files_below,
-    find_layout, first_channels, kaggle_series, no_scan, scan_kinds, stem,
+    CASE_FOLDERS, IMAGES, KAGGLE, NAMED, NIFTI_PAIRS, PNG_PAIRS, case_folders, file_kind,
+    files_below, find_layout, first_channels, kaggle_series, no_scan, scan_kinds, stem,
 )  # fmt: skip
 from .labels import LabelMap, label_map, read_json, words
 from .nifti import nifti_format, read_mask, read_organ_masks
@@ -206,10 +206,8 @@ def _png_source(layout, config):
             raise DataError(f"{images[name]}: its slice is {number}, which is no number.")
         one = int(number), images[name], masks[name]
         if slices.setdefault(one[0], one) != one:
-            raise DataError(
-                f"{slices[one[0]][1]} and {one[1]} are both slice {one[0]} of one series; rename"
-                " one, or mend --pattern."
-            )
+            both = f"{slices[one[0]][1]} and {one[1]} are both slice {one[0]} of one series"
+            raise DataError(f"{both}; rename one, or mend --pattern.")
     how = labels, config.encoding, config.trust_masks
     cases = [PngCase(*key, tuple(s[n] for n in sorted(s)), *how) for key, s in series.items()]
     labelled = mask_labels(config.encoding, labels).labelled
@@ -291,22 +289,23 @@ def _case_source(layout, config):
     return _volumes(layout.kind, layout.scans, scans, masks, config, by_organ=by_organ)
 
 # %% ../../nbs/ct/08_cases.ipynb #8806657a
-def _segs_by_series(series):
-    "The SEG files by the series that they were drawn on."
+def _segs_by_series(series, scans):
+    "The SEG files by the scan that they were drawn on, or else by a name that says what is wrong."
     segs = {}
     for path, header in (one for files in series.values() for one in files):
         if header.get("Modality") == "SEG":
-            nameless = {"SeriesInstanceUID": f"{path}, which has no ReferencedSeriesSequence"}
-            for item in header.get("ReferencedSeriesSequence") or [nameless]:
-                segs.setdefault(str(item.get("SeriesInstanceUID")), []).append(path)
+            for item in header.get("ReferencedSeriesSequence") or [{}]:
+                uid = item.get("SeriesInstanceUID")
+                stray = f"{path} (ReferencedSeriesSequence: {uid or 'none'})"
+                segs.setdefault(uid if uid in scans else stray, []).append(path)
     return segs
 
 # %% ../../nbs/ct/08_cases.ipynb #d610eb20
 def _seg_source(source, config):
     "A tree of DICOM with DICOM SEG, or None if there is no SEG."
     series = dicom_series(scan_kinds(source).get("DICOM", []))
-    segs, scans = _segs_by_series(series), {uid or "": s for uid, s in ct_series(series)[0].items()}
-    if not segs:
+    scans = {uid or "": files for uid, files in ct_series(series)[0].items()}
+    if not (segs := _segs_by_series(series, scans)):
         return None
     masks, notes = paired(scans, segs, source, ("CT series", "DICOM SEG"), config.all_series)
     labels, cases, shown = config.label_map(), [], set()
@@ -378,7 +377,11 @@ def find_source(
         raise DataError(f"{strange[0]} is no organ of ours, as are {', '.join(ALL_ORGANS)}.")
     if not source.exists():
         raise DataError(no_scan(source))
-    layout = find_layout(source, mask)
+    layout, notes = find_layout(source, mask), ()
+    if not (mask or layout) and source.name.lower() in IMAGES:
+        beside = find_layout(source.parent)
+        if beside and beside.masks and beside.scans == source:
+            layout, notes = beside, (f"The masks are those in {beside.masks}.",)
     if layout and (layout.masks or layout.kind == CASE_FOLDERS):
         recognised = _SOURCES[layout.kind](layout, config)
     else:
@@ -393,4 +396,5 @@ def find_source(
             both = f"{case_name(one)}, {one.scan} and {other.scan}"
             raise DataError(f"{source} has two series {both}; rename one of them.")
     labelled = tuple(key for key in ALL_ORGANS if key in (config.labelled or recognised.labelled))
-    return replace(recognised, cases=cases, labelled=labelled)
+    notes = *notes, *recognised.notes
+    return replace(recognised, cases=cases, labelled=labelled, notes=notes)

@@ -21,7 +21,7 @@ from .dicom import assemble, read_scan
 from rsna_seg.ct.find import (
     KAGGLE, PNG_PAIRS, find_layout, no_scan, reading, scan_kinds, scan_places, unpacked,
 )  # fmt: skip
-from .png import read_png
+from .png import find_landmarks, judge_window, read_png
 from .scan import Grid, Scan, hu_doubts, on_grid
 from .series import HELD, chosen_series, ct_series, dicom_series, series_in
 from ..files import ConfigError, DataError, RsnaSegError, ScanError
@@ -84,10 +84,8 @@ def _png_stack(files, path):
     for k, file in enumerate(files):
         grey = read_png(file, deep=True)
         if (grey.shape, grey.dtype) != (first.shape, first.dtype):
-            raise ScanError(
-                f"{file} is {grey.dtype} {grey.shape} (row, col) but {files[0].name} is"
-                f" {first.dtype} {first.shape}; the slices of one scan are all alike."
-            )
+            other = f"{files[0].name} is {first.dtype} {first.shape}; slices of one scan are alike"
+            raise ScanError(f"{file} is {grey.dtype} {grey.shape} (row, col) but {other}.")
         stack[:, :, k] = grey.T
     if stack.dtype == np.uint16 and (stack.min() > 6553 or stack.max() < 58982):
         raise ScanError(
@@ -130,7 +128,9 @@ def png_scan(
     if not measured:
         how = "give --spacing Z ROW COL in mm"
         notes = (f"{path} has no spacing: volumes are voxels, not ml; {how}.", *notes)
-    return on_grid(hu_of_grey(stack, level, width), grid, path.name, notes)
+    grey = (stack >> 8 if stack.dtype == np.uint16 else stack).ravel()
+    note = judge_window(find_landmarks(np.bincount(grey, minlength=256)), (level, width)).note
+    return on_grid(hu_of_grey(stack, level, width), grid, path.name, notes + (note,) * bool(note))
 
 # %% ../../nbs/ct/09_inputs.ipynb #e41e30be
 def _one_folder(files, path):

@@ -140,9 +140,7 @@ def need(*packages: str):
         )
 
 # %% ../../nbs/engines/00_graph.ipynb #d1fd80ff
-def still(
-    model: nn.Module,
-) -> nn.Module:
+def still(model: nn.Module) -> nn.Module:
     "A copy for tracing: on the processor, float32, in eval mode."
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 

@@ -60,9 +60,7 @@ def rising_decay(
     return update
 
 # %% ../../nbs/training/00_loop.ipynb #514c371a
-def exempt_depthwise(
-    network: nn.Module,
-):
+def exempt_depthwise(network: nn.Module):
     "Keeps the depthwise convolutions out of autocast on a CPU."
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
@@ -106,10 +104,7 @@ class Loop:
         return [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
 
 # %% ../../nbs/training/00_loop.ipynb #7f82b0a3
-def shared(
-    accelerator: Accelerator,
-    network: nn.Module,
-) -> nn.Module:
+def shared(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     "The network as the processes train it together; `Loop` averages BatchNorm's statistics."
     model = accelerator.prepare_model(network)
     if accelerator.num_processes > 1:
@@ -216,10 +211,7 @@ class Tally:
         return merge_unlabelled(confusion.matrix(), labelled)
 
 # %% ../../nbs/training/00_loop.ipynb #0d16a573
-def freeze_encoder(
-    loop: Loop,
-    frozen: bool,
-):
+def freeze_encoder(loop: Loop, frozen: bool):
     "The encoder stops learning, or learns again."
     if loop.frozen != frozen:
         loop.frozen = frozen
@@ -286,10 +278,7 @@ def _parts(loop):
     }  # fmt: skip
 
 
-def read_state(
-    loop: Loop,
-    tally: Tally,
-) -> dict:
+def read_state(loop: Loop, tally: Tally) -> dict:
     "Everything that a run needs to go on after the latest step."
     parts = {name: part and part.state_dict() for name, part in _parts(loop).items()}
     return {**parts, "steps": loop.steps, "skipped": loop.skipped, "tally": dict(vars(tally))}

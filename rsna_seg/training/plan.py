@@ -30,9 +30,7 @@ from ..model import SegLoss, as_input, build_model
 from .loop import add_gradients, make_loop, make_step, start_accelerator
 
 # %% ../../nbs/training/01_plan.ipynb #dc2b027a
-def peak_memory(
-    device: torch.device,
-) -> float:
+def peak_memory(device: torch.device) -> float:
     "The most memory used so far, in GB: of the GPU, or of this process (macOS: what it uses now)."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -43,9 +41,7 @@ def peak_memory(
     return getattr(memory, "peak_wset", memory.rss) / 1e9
 
 # %% ../../nbs/training/01_plan.ipynb #7a85de65
-def free_memory(
-    device: torch.device,
-) -> float:
+def free_memory(device: torch.device) -> float:
     "Memory that can still be used, in GB."
     if device.type == "cuda":
         torch.cuda.empty_cache()
