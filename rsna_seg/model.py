@@ -227,10 +227,9 @@ class SegLoss(nn.Module):
         super().__init__()
         self.dice, self.focal, self.labelled = dice, focal, labelled
         self.kept = [c.id for c in CLASSES if c.key in ("background", *labelled)]
-        over_batch = DiceLoss("multiclass")
-        over_images = torch.func.vmap(lambda x, y: over_batch(x[None], y[None]))
-        each = {"batch": over_batch, "image": lambda x, y: over_images(x, y).mean()}
-        self.dice_loss = each[dice_over]
+        batch = DiceLoss("multiclass")
+        images = torch.func.vmap(lambda x, y: batch(x[None], y[None]))
+        self.dice_loss = {"batch": batch, "image": lambda x, y: images(x, y).mean()}[dice_over]
         self.focal_loss = FocalLoss("multiclass")
 
     def forward(
@@ -278,6 +277,7 @@ class Card:
             "size": isinstance(self.size, int) and self.size > 0 and self.size % 32 == 0,
             "level": math.isfinite(self.level),
             "width": 0 < self.width < math.inf,
+            "window": self.window in ("known", "estimated", "assumed"),
             "channels": self.channels in ("copies", "neighbours"),
             "labelled": bool(self.labelled) and {*self.labelled} <= {*ALL_ORGANS},
         }
@@ -325,8 +325,7 @@ def _find_card(path, tensors):
         raise ConfigError(f"{source} holds no card of a checkpoint ({error}); {way}.") from error
     check_encoder(card.encoder)
     notes, known = [*card.notes], "size level width channels labelled".split()
-    if "level" in said and "window" not in said and not card.spacing:  # older, of PNG pairs
-        card = replace(card, window="assumed")
+    if older := card.versions and "window" not in said and not card.spacing:  # of PNG pairs
         notes.append(f"{path.name} was taught on PNG pairs in a window that nobody told.")
     if unlike := [name for name, value in told.items() if value and value != said.get(name)]:
         way = "the card inside counts" if inside else "check what it says"
@@ -335,7 +334,8 @@ def _find_card(path, tensors):
     if assumed := {name: getattr(card, name) for name in known if name not in said}:
         what = f"{path.name} does not say what it was made for: {json.dumps(assumed)} is assumed"
         notes.append(f"{what}; if that is wrong, write what is right into {beside.name}.")
-    return replace(card, notes=notes)
+    unsure = older or not {"level", "width"} <= {*said}
+    return replace(card, notes=notes, window="assumed" if unsure else card.window)
 
 
 def load_checkpoint(
