@@ -25,10 +25,10 @@ from .ct.png import read_png
 from .ct.scan import off_square, square_grid, window
 from .ct.store import open_data
 from .data import SliceDataset, cores, quiet_worker
-from .engines.engines import make_engine
+from .engines.engines import idle_gpu, make_engine
 from .engines.slices import from_square, mean_logits, squares_of
 from .files import ConfigError, DataError, RsnaSegError
-from .model import as_input, file_sha256, load_checkpoint, marginal_logits
+from .model import file_sha256, load_checkpoint, marginal_logits
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run
@@ -88,7 +88,7 @@ def _take(case, z, logits, truth, grey):
 
 
 @torch.inference_mode()
-def _judge_part(judge, model, card, data, split, batch_size, workers, device):
+def _judge_part(judge, engine, card, data, split, batch_size, workers):
     "Judges all series of a part of a dataset folder."
     slices = _JudgedSlices(data, split, card)
     batches = iter(slices.loader(batch_size, workers))
@@ -101,8 +101,8 @@ def _judge_part(judge, model, card, data, split, batch_size, workers, device):
             for part, (images, masks, greys, errors) in zip(parts, of_series):
                 if any(errors):
                     raise DataError(next(filter(None, errors)))
-                images, masks = (x.to(device, non_blocking=True) for x in (images, masks))
-                logits = from_square(model(as_input(images)), *masks.shape[1:])
+                masks = masks.to(engine.device, non_blocking=True)
+                logits = from_square(engine(images), *masks.shape[1:])
                 _take(case, z[part], marginal_logits(logits, card.labelled), masks, greys.numpy())
         for _ in of_series:  # what is left of a broken series
             pass
@@ -167,12 +167,6 @@ def _compare_windows(card, data, path):
         raise DataError(f"{what}; prepare the data with the same window.")
     return [f"{what}: if they are not the same, the scores say nothing."]
 
-# %% ../nbs/05_evaluate.ipynb #dbc12afa
-def _part_name(split, fold):
-    if fold is None:
-        return f"the split “{split}”"
-    return f"fold {fold}" if split == "valid" else f"all folds but {fold}"
-
 # %% ../nbs/05_evaluate.ipynb #5dd92c6a
 def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, tolerance, pictures):
     "Judges one checkpoint on a part of a dataset folder, or each of several on its own fold."
@@ -184,20 +178,23 @@ def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, to
                               " leave out --fold and --split.")  # fmt: skip
         _check_folds(models, [card for *_, card in loaded], data)
     judge = Judge(data.info["labelled"], tolerance, draw=case_drawer(pictures))
-    notes, parts = [], []
+    notes, parts = idle_gpu(), []
     for path, model, card in loaded:
         notes += _compare_windows(card, data, path)
         judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
         part = open_data(folder, judged_fold)
-        _judge_part(judge, model.to(device), card, part, split, batch_size, workers, device)
+        engine = make_engine("torch", model, card.size, device)
+        _judge_part(judge, engine, card, part, split, batch_size, workers)
         notes += [*card.notes, *_seen(card, folder, part.part(split))]
-        parts.append(_part_name(split, judged_fold))
+        fold_name = f"fold {judged_fold}" if split == "valid" else f"all folds but {judged_fold}"
+        parts.append(f"the split “{split}”" if judged_fold is None else fold_name)
     size = data.info["size"]
     shrunk = data.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
     if shrunk.any():
         notes.append(f"{data.manifest.series[shrunk].nunique()} series were shrunk to {size} pixels"
                      " when they were prepared, and are scored at that size.")  # fmt: skip
     kept = {key: data.info[key] for key in ("kind", "source", "fingerprint", "patients", "slices")}
+    kept["precision"] = engine.precision
     about = {
         "models": [_about(path, card) for path, _, card in loaded], "part": ", ".join(parts),
         "notes": notes, "data": {"folder": str(data.folder), **kept},
@@ -267,9 +264,10 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
         judge = Judge(scans.labelled, tolerance, draw=case_drawer(pictures))
         with_mask = [case for case in scans.cases if case.masks]
         _each(judge, with_mask, "scan", lambda c: _judge_scan(judge, c, engine, card, batch_size))
-    data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None}
+    data = {"source": str(source), "kind": scans.kind, "mask": str(mask) if mask else None,
+            "precision": engine.precision}  # fmt: skip
     about = {"models": [_about(models[0], card)], "part": "all scans",
-             "notes": [*scans.notes, *card.notes, _UNKNOWN], "data": data}  # fmt: skip
+             "notes": [*scans.notes, *card.notes, _UNKNOWN, *idle_gpu()], "data": data}  # fmt: skip
     return judge.result(about, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #dfeed392
@@ -311,7 +309,7 @@ def _matched(predicted, truth, scans):
 def _judge_masks(judge, predicted, true):
     "Judges the masks of a case; the true mask is the grid, the prediction is turned onto it."
     if predicted is None:
-        raise DataError(f"{true.masks[0]} has no prediction of that name.")
+        raise DataError(f"{true.masks[0]} has no prediction.")
     grid = read_scan(true.scan, true.files)
     masks = predicted.mask_on(grid), _labelled_only(true.mask_on(grid), judge)
     with _volume(judge, true, grid, masks[1]) as judged:
@@ -344,6 +342,6 @@ def score_masks(
         cases, matching, notes = _matched(tool, true, ct)
         _each(judge, cases.values(), "case", lambda c: _judge_masks(judge, matching[c.series], c))
     data = {name: str(path) if path else None for name, path in folders.items()}
-    notes = [*true.notes, *tool.notes, *notes]
+    notes = [*dict.fromkeys((*true.notes, *tool.notes, *notes))]
     about = {"models": [], "part": "all cases", "notes": notes, "data": data}
     return judge.result(about, pictures)

@@ -54,9 +54,7 @@ class OutputError(RsnaSegError):
 
 # %% ../nbs/files.ipynb #ce833575
 @contextmanager
-def writing(
-    path: str | Path,  # what is being written
-):
+def writing(path: str | Path):
     "Turns an `OSError` of the block into an `OutputError` that names the path."
     try:
         yield

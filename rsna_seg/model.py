@@ -175,9 +175,12 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/02_model.ipynb #9b591444
-def has_bf16() -> bool:
-    "Whether this processor multiplies bfloat16 by itself."
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+def has_bf16(device: str | torch.device = "cpu") -> bool:
+    "Whether the device multiplies bfloat16 by itself; GPUs before Ampere only imitate it."
+    if torch.device(device).type == "cpu":
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 # %% ../nbs/02_model.ipynb #77d0c373
 def keep_memory():
@@ -213,7 +216,7 @@ def marginal_logits(
 
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
-    "Weighted sum of smp's Dice and focal loss over the background and the labelled organs."
+    "Weighted sum of Dice and focal loss, smp's, over the background and the labelled organs."
 
     def __init__(
         self,
@@ -222,15 +225,10 @@ class SegLoss(nn.Module):
         labelled: list[str] = ALL_ORGANS,  # keys of the organs in the masks; the others are 0 there
         dice_over: Literal["batch", "image"] = "batch",  # the whole batch, or each image by itself
     ):
-        from segmentation_models_pytorch.losses import DiceLoss, FocalLoss  # a slow import
-
         super().__init__()
         self.dice, self.focal, self.labelled = dice, focal, labelled
         self.kept = [c.id for c in CLASSES if c.key in ("background", *labelled)]
-        batch = DiceLoss("multiclass")
-        images = torch.func.vmap(lambda x, y: batch(x[None], y[None]))
-        self.dice_loss = {"batch": batch, "image": lambda x, y: images(x, y).mean()}[dice_over]
-        self.focal_loss = FocalLoss("multiclass")
+        self.axes = {"batch": (0, 2, 3), "image": (2, 3)}[dice_over]  # an area is a sum over these
 
     def forward(
         self,
@@ -242,7 +240,14 @@ class SegLoss(nn.Module):
         if len(self.kept) < len(CLASSES):
             logits = torch.stack([logits[:, i] for i in self.kept], 1)
             masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
-        dice, focal = self.dice_loss(logits, masks), self.focal_loss(logits, masks)
+        truth = torch.zeros_like(logits).scatter_(1, masks.unsqueeze(1), 1)
+        shares, areas = logits.softmax(1), truth.sum(self.axes)
+        both = (shares.sum(self.axes) + areas).clamp_min(1e-7)
+        scores = 2 * (shares * truth).sum(self.axes) / both
+        dice = ((1 - scores) * (areas > 0)).mean()
+        losses = nn.functional.binary_cross_entropy_with_logits
+        entropy = losses(logits, truth, reduction="none")
+        focal = (torch.expm1(-entropy).square() * entropy).mean()
         return self.dice * dice + self.focal * focal
 
 # %% ../nbs/02_model.ipynb #052f3206

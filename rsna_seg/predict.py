@@ -39,7 +39,7 @@ from rsna_seg.engines.slices import (
     box_on_square, classes_on_scan, from_square, mean_logits, on_scan, squares_of,
 )  # fmt: skip
 from .files import ConfigError, OutputError, whole_file, writing
-from .model import Card, file_sha256, load_checkpoint
+from .model import Card, load_checkpoint
 
 # %% ../nbs/06_predict.ipynb #237d0215
 def plan_work(
@@ -165,7 +165,7 @@ def niivue_widget(result: Segmentation):
 @dataclass(frozen=True)
 class PredictConfig:
     "How scans are segmented."
-    engine: Literal[("auto", *ENGINES)] = "auto"  # auto: the fastest here, by measurement
+    engine: Literal[("auto", *ENGINES)] = "auto"  # auto: the fastest here, measured once
     device: str | None = None  # cuda, cuda:1, cpu ...; the GPU if there is one
     batch_size: int = 4  # slices at once
     crop: bool = True  # leave out air and table around the body, and slices without a body
@@ -209,7 +209,7 @@ class Predictor:
         several = isinstance(checkpoints, (list, tuple))
         self.paths = [Path(path) for path in (checkpoints if several else [checkpoints])]
         models, cards = zip(*map(load_checkpoint, self.paths))
-        self.sha256 = [file_sha256(path) for path in self.paths]
+        self.sha256 = [card.sha256 for card in cards]
         self.config, self.card = config, shared_card(cards, self.paths)
         self.png_window = png_window(self.card, config.window_of_png)
         size, device = self.card.size, config.device
@@ -336,7 +336,7 @@ def write_rtstruct(result: Segmentation, path: Path):
     "Writes an RT Structure Set."
     from rsna_seg.ct.outputs import save_rtstruct
 
-    save_rtstruct(result.mask, result.scan, path, result.card.labelled)
+    save_rtstruct(result.mask, result.scan, path, result.card.labelled, result.record)
 
 
 def write_masks(result: Segmentation, path: Path):

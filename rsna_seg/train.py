@@ -8,17 +8,21 @@ __all__ = ['FitConfig', 'TrainConfig', 'Run', 'open_run', 'fit', 'open_for_train
 
 # %% ../nbs/03_train.ipynb #1cb50726
 import importlib.util
+import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from timeit import timeit
 from typing import Literal
 
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +30,7 @@ from .augment import Augment, AugmentConfig
 from .ct.organs import ALL_ORGANS, ORGANS
 from .ct.store import SliceData, open_data
 from .data import SliceDataset, cores, make_loader
+from .engines.engines import idle_gpu
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
@@ -33,7 +38,9 @@ from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
 )  # fmt: skip
-from .training.plan import Plan, make_plan, peak_memory, used_settings
+from rsna_seg.training.plan import (
+    Plan, fitting_batch, make_plan, peak_memory, try_batch, used_settings,
+)  # fmt: skip
 
 # %% ../nbs/03_train.ipynb #870bc46d
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class FitConfig:
     fold: int | None = None  # validate on this fold, train on the others; None: the split
     seed: int = 0  # of weights, order and augmentation
     save_minutes: float = 5.0  # between two states to resume from; every epoch ends with one
+    max_hours: float | None = None  # the run then stops, and the same command goes on with it
     most_skipped: int = 20  # steps in a row that are not finite, after which the run stops
     clip: float | None = None  # largest norm of the gradient; try 1 if the loss jumps
     ema: float = 0.0  # decay of a moving average of the weights; 0.99 if scores vary by epoch
@@ -66,7 +74,7 @@ class FitConfig:
     def __post_init__(self):
         if self.size < 64 or self.size % 32:
             raise ConfigError(f"size {self.size} is not a multiple of 32 from 64 up.")
-        above = "batch_size accumulation epochs lr most_skipped clip patience".split()
+        above = "batch_size accumulation epochs lr max_hours most_skipped clip patience".split()
         least = "weight_decay dice focal workers seed save_minutes freeze_epochs".split()
         for name in (*above, *least):
             value, low = getattr(self, name), "above 0" if name in above else "from 0 up"
@@ -101,6 +109,7 @@ class Run:
     folder: Path
     checkpoint: Path  # the best by validation Dice
     history: pd.DataFrame  # one row an epoch
+    finished: bool = True  # False if the settings' hours were over before the epochs
 
     @property
     def best(self):
@@ -108,9 +117,7 @@ class Run:
         return self.history.loc[self.history.valid_dice.idxmax()]
 
 
-def open_run(
-    folder: str | Path,  # of a run that has ended, or goes on
-) -> Run:
+def open_run(folder: str | Path) -> Run:
     "What stands in a run's folder; raises `ConfigError` if no epoch of a run does."
     folder = Path(folder)
     if not (folder / "history.csv").exists():
@@ -122,7 +129,7 @@ def open_run(
     return Run(folder, folder / checkpoint, pd.read_csv(folder / "history.csv"))
 
 # %% ../nbs/03_train.ipynb #b863e162
-_FREE = ("workers", "save_minutes", "trackers")  # any of these give the same weights
+_FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these give the same weights
 _GONE = {"balance": False}  # settings of older versions
 
 
@@ -219,7 +226,9 @@ def _begin_loop(model, data, config, accelerator, taught=ALL_ORGANS):
         make_loader(train, config.batch_size, **order, **share),
         make_loader(valid, config.batch_size, accumulation=count, **share),
     )
-    used = used_settings(config, len(train), cores(), accelerator)
+    where = accelerator.device.type, accelerator.mixed_precision, count
+    used = used_settings(config, len(train), cores(), *where)
+    used["notes"] += idle_gpu()
     criterion = SegLoss(config.dice, config.focal, data.info["labelled"], config.dice_over)
     loop = make_loop(
         accelerator, model, criterion, taught, config.lr, config.epochs * used["steps_per_epoch"],
@@ -228,8 +237,8 @@ def _begin_loop(model, data, config, accelerator, taught=ALL_ORGANS):
     return loop, loaders, used
 
 # %% ../nbs/03_train.ipynb #d13314f4
-def _train_one(loop, loader, tally, bar, config, save):
-    "The steps of an epoch that are left."
+def _train_one(loop, loader, tally, bar, config, save, begun):
+    "The steps of an epoch that are left; whether the time was up before its end."
     tally.lr = tally.lr or loop.scheduler.get_last_lr()[0]
     saved = start = time.perf_counter()
     for slices, loss in train_epoch(loop, loader, tally):
@@ -241,11 +250,15 @@ def _train_one(loop, loader, tally, bar, config, save):
         if now - saved >= 60 * config.save_minutes:
             save(tally)
             saved = now
+        if config.max_hours and any(gather_object([now - begun >= 3600 * config.max_hours])):
+            save(tally)
+            return True
         start = now
+    return False
 
 # %% ../nbs/03_train.ipynb #c6d837ea
-def _fit_epochs(loop, loaders, tally, history, data, out, config, watch):
-    "The epochs that are left."
+def _fit_epochs(loop, loaders, tally, history, data, out, config, watch, begun):
+    "The epochs that are left, as far as the time allows."
     sampler, accelerator = loaders[0].batch_sampler, loop.accelerator
 
     def save(tally):
@@ -259,7 +272,8 @@ def _fit_epochs(loop, loaders, tally, history, data, out, config, watch):
             sampler.epoch = len(history)
             bar.set_description(f"epoch {len(history) + 1}")
             freeze_encoder(loop, len(history) < config.freeze_epochs)
-            _train_one(loop, loaders[0], tally, bar, config, save)
+            if _train_one(loop, loaders[0], tally, bar, config, save, begun):
+                return
             row = _row(len(history) + 1, tally, loop, *valid_epoch(loop, loaders[1]))
             history.append(row)
             accelerator.log({k: v for k, v in row.items() if not math.isnan(v)}, step=len(history))
@@ -283,7 +297,7 @@ def fit(
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--trackers {name} needs the package {name}: pip install {name}")
-    out, labelled = Path(out), data.info["labelled"]
+    out, labelled, begun = Path(out), data.info["labelled"], time.perf_counter()
     taught = [key for key in ALL_ORGANS if key in (*taught, *labelled)]
     settings = {
         **asdict(config), "dataset": data.info["fingerprint"], "labelled": labelled,
@@ -301,7 +315,14 @@ def fit(
         tally = put_state(loop, state) if state else Tally()
         _describe(out, settings, used, accelerator)
         try:
-            _fit_epochs(loop, loaders, tally, history, data, out, config, watch or len)
+            _fit_epochs(loop, loaders, tally, history, data, out, config, watch or len, begun)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) and "32BitIndex" not in str(error):
+                raise
+            memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
+            smaller = fitting_batch(config, used["precision"], memory / 1e9)
+            what = f"A batch of {used['batch_size']} slices is too large for the memory"
+            raise TrainingError(f"{what}: {smaller} makes the same steps.") from error
         except TrainingError as error:
             kept = f"{out / config.checkpoint} of an earlier epoch is kept"
             kept = kept if history else "There is no checkpoint yet"
@@ -309,13 +330,10 @@ def fit(
         for tracker in accelerator.trackers:  # `end_training` would part the processes
             tracker.finish()
         accelerator.wait_for_everyone()  # the checkpoint is written
-    return Run(out, out / config.checkpoint, pd.DataFrame(history))
+    return Run(out, out / config.checkpoint, pd.DataFrame(history), _finished(history, config))
 
 # %% ../nbs/03_train.ipynb #37c93834
-def open_for_training(
-    folder: str | Path,  # a dataset folder, made by `prepare`
-    config: FitConfig,
-) -> SliceData:
+def open_for_training(folder: str | Path, config: FitConfig) -> SliceData:
     "The dataset, split as the settings say; raises `DataError` if no epoch could be the best."
     data = open_data(folder, config.fold)
     if not (data.part(config.validate_on)[data.info["labelled"]] > 0).any(axis=None):
@@ -354,24 +372,17 @@ def unlike_recipe(config: FitConfig) -> dict:  # name of the setting -> its valu
     return {name: (given[name], recipe[name]) for name in given if given[name] != recipe[name]}
 
 # %% ../nbs/03_train.ipynb #20cae28e
-def plan_run(
-    folder: str | Path,  # a dataset folder, made by `prepare`
-    config: FitConfig,
-) -> Plan:
-    "Data, steps, memory and time of a run; raises what the run would raise before its first step."
+def plan_run(folder: str | Path, config: FitConfig) -> Plan:
+    "Data, steps, memory and time of a run on a dataset folder; raises what the run would raise."
     data = open_for_training(folder, config)
     rows = {"training": data.part("train"), "validation": data.part(config.validate_on)}
-    accelerator = start_accelerator(config.mixed_precision)
-    used = used_settings(config, len(rows["training"]), cores(), accelerator)
-    dataset, start = _slices(data, config), time.perf_counter()
-    for i in range(16):
-        dataset[i % len(dataset)]
-    load_seconds = (time.perf_counter() - start) / 16
-    plan = make_plan(
-        used, config.epochs, [len(table) for table in rows.values()], load_seconds,
-        size=config.size, precision=config.mixed_precision, decay=config.ema,
-        criterion=SegLoss(config.dice, config.focal, ALL_ORGANS, config.dice_over),
-    )  # fmt: skip
+    trial = try_batch(config.batch_size, size=config.size, precision=config.mixed_precision)
+    where = trial["device"], trial["precision"], int(os.environ.get("WORLD_SIZE", 1))
+    used = used_settings(config, len(rows["training"]), cores(), *where)
+    used["notes"] += idle_gpu()
+    dataset, indices = _slices(data, config), itertools.count()
+    load_seconds = timeit(lambda: dataset[next(indices) % len(dataset)], number=16) / 16
+    plan = make_plan(config, used, trial, [len(table) for table in rows.values()], load_seconds)
     unlike = [f"{name} {value} ({usual})" for name, (value, usual) in unlike_recipe(config).items()]
     count = "{:,} slices of {} series of {} patients".format
     lines = {

@@ -310,12 +310,13 @@ def test_what_is_said_about_the_organs(tmp_path):
     write_case(tmp_path / "ct", "HFS")
     scan, mask = scan_and_mask(tmp_path / "ct")
     wanted = ("liver", "left_kidney", "right_kidney")
-    seg = pydicom.dcmread(save_dicom_seg(mask, scan, tmp_path / "new" / "seg.dcm", wanted, "net 7"))
-    rt = pydicom.dcmread(save_rtstruct(mask, scan, tmp_path / "new" / "rt.dcm", wanted, "net 7"))
+    seg = pydicom.dcmread(save_dicom_seg(mask, scan, tmp_path / "new" / "seg.dcm", wanted, {"network": "net 7"}))
+    rt = pydicom.dcmread(save_rtstruct(mask, scan, tmp_path / "new" / "rt.dcm", wanted))
     assert [s.SegmentLabel for s in seg.SegmentSequence] == [r.ROIName for r in rt.StructureSetROISequence] == ["Liver", "Left kidney"]
     assert seg.ContentDescription == rt.StructureSetDescription == "Not found: right kidney"
     assert {s.SegmentAlgorithmType for s in seg.SegmentSequence} == {r.ROIGenerationAlgorithm for r in rt.StructureSetROISequence} == {"AUTOMATIC"}
-    assert {s.SegmentAlgorithmName for s in seg.SegmentSequence} == {"net 7"} and rt.ApprovalStatus == "UNAPPROVED"
+    assert {s.SegmentAlgorithmName for s in seg.SegmentSequence} == {"rsna_seg"} and "net 7" in str(seg.SegmentSequence[0])
+    assert rt.ApprovalStatus == "UNAPPROVED"
     assert [tuple(r.ROIDisplayColor) for r in rt.ROIContourSequence] == [palette()[1], palette()[3]]
     for segment, organ in zip(seg.SegmentSequence, (ORGANS[0], ORGANS[2])):
         lab = hd.color.CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue)

@@ -291,6 +291,46 @@ def test_a_cut_file_among_many_series_in_one_folder(volume, study, tmp_path):
         assert "native3.dcm is not whole" in read_input(flat, uid).notes[0]
 
 
+def test_prepare_of_a_tree_with_seg_leaves_out_the_cut_series_only(study, volume, tmp_path):
+    for folder in study.iterdir():
+        edit(folder, lambda d: setattr(d, "PatientID", folder.name))
+        save_dicom_seg((volume > 100).astype(np.uint8), read_scan(folder), tmp_path / f"{folder.name}.dcm")
+    for name in ("native", "portal"):
+        shutil.move(tmp_path / f"{name}.dcm", study / f"{name}_seg.dcm")
+    cut = study / "native" / "3.dcm"
+    cut.write_bytes(cut.read_bytes()[:500])
+    data = prepare(study, tmp_path / "data", config=PrepareConfig(size=48, valid=0, jobs=1))
+    assert set(data.manifest.patient) == {"portal"} and len(data.manifest) == 6
+    assert "native/3.dcm is not whole" in data.skipped.reason.iloc[0] and len(data.skipped) == 1
+
+
+def test_maps_of_spectral_ct_are_named(volume, series):
+    edit(series, lambda d: setattr(d, "RescaleType", "MGML"))
+    assert "holds MGML, not HU" in read_scan(series).notes[0]
+    edit(series, lambda d: setattr(d, "RescaleType", "US"))  # unspecified
+    assert read_scan(series).notes == ()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nifti_with_damaged_headers_are_told(volume, affine, tmp_path, seed):
+    rng, data = np.random.default_rng(seed), write_mask(tmp_path / "ct.nii", volume, affine).read_bytes()
+    for _ in range(100):
+        damaged = bytearray(data)
+        for at in rng.integers(0, 348, rng.integers(1, 5)):
+            damaged[at] = rng.integers(256)
+        (tmp_path / "a.nii").write_bytes(damaged)
+        try:
+            read_input(tmp_path / "a.nii")
+        except RsnaSegError as error:
+            assert "a.nii" in str(error)
+
+
+def test_two_axes_that_run_the_same_way_are_no_affine(volume, affine, tmp_path):
+    path = write_mask(tmp_path / "ct.nii", volume, affine, "LPS")
+    rows = {"srow_x": [-1, -1, 0, 5], "srow_y": [1, 1.0001, 0, 5], "srow_z": [0, 0, 4, 5]}
+    assert "no usable affine" in told(with_header(path, path, **rows))
+
+
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
 @pytest.mark.parametrize("name", ["{}.dcm", "IM{:04d}"])
 def test_files_without_the_mark_of_dicom(volume, affine, series, tmp_path, syntax, name):
@@ -308,6 +348,12 @@ def test_files_without_the_mark_of_dicom(volume, affine, series, tmp_path, synta
         np.testing.assert_allclose(scan.affine, affine, atol=1e-3)
     mask = (scan.hu > 100).astype(np.uint8)
     np.testing.assert_array_equal(read_seg([save_dicom_seg(mask, scan, tmp_path / "seg.dcm")], scan), mask)
+
+
+def test_uids_and_numbers_that_are_lists(volume, series):
+    edit(series, lambda d: d.update({"SeriesInstanceUID": ["1.2", "3.4"], "AcquisitionNumber": [1, 2], "SliceThickness": ""}))
+    np.testing.assert_array_equal(read_input(series).hu, volume)
+    assert list(list_series(series).slices) == [6] and list_series(series).thickness_mm.isna().all()
 
 
 def test_two_acquisitions_in_one_series(volume, affine, series):

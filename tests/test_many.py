@@ -164,6 +164,27 @@ def test_each_process_has_its_own_gpu(monkeypatch, rank, asked, given):
     assert many.own_device(PredictConfig(device=asked)).device == given
 
 
+def test_the_jobs_of_a_machine_share_out_its_gpus(monkeypatch, job, scans, capsys):
+    "joblib's processes have numbers; an engine for processors stays where it is, and too few GPUs are mentioned."
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    names = joblib.Parallel(3)(joblib.delayed(_name_of_process)() for _ in range(6))
+    numbers = {name.rpartition("-")[2] for name in names}
+    assert len(numbers) > 1 and all(map(str.isdigit, numbers))
+    for number in ("1", "2", "3"):
+        monkeypatch.setattr(many.current_process(), "name", f"LokyProcess-{number}")
+        assert many.own_device(PredictConfig()).device == f"cuda:{int(number) % 2}"
+        assert many.own_device(PredictConfig(engine="onnxruntime")).device is None
+    monkeypatch.setattr(many, "Parallel", lambda *_, **__: lambda tasks: [])
+    predict_many(job, scans, jobs=3)
+    assert "3 jobs share 2 GPUs; --jobs 2 gives each its own." in capsys.readouterr().err
+
+
+def _name_of_process():
+    time.sleep(0.3)
+    return many.current_process().name
+
+
 def test_a_table_of_scans(job, scans, tmp_path, read, capsys):
     "Names, paths from the table's folder, spacing of pictures; another spacing or path of a name is another scan."
     from rsna_seg.ct.inputs import read_input

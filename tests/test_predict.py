@@ -307,7 +307,7 @@ def test_a_choice_that_cannot_be_read_is_measured_again(kept, net, tmp_path, mon
 
 
 def test_a_result_says_what_made_it(net, other, tmp_path):
-    "JSON, page and SEG name weights by their SHA-256 as they were loaded, also two of one name; the engine's name is one to ask for."
+    "JSON, page, SEG and RTSTRUCT name weights by their SHA-256 as they were loaded, also two of one name; the engine's name is one to ask for."
     pytest.importorskip("highdicom")
     hu, _, affine = patient()
     paths = [tmp_path / fold / "best.pth" for fold in "ab"]
@@ -318,14 +318,15 @@ def test_a_result_says_what_made_it(net, other, tmp_path):
     sums = [file_sha256(path) for path in paths]
     predictor = Predictor(paths, PredictConfig(device="cpu"))
     paths[0].write_bytes(b"another file of that name")
-    out = save_segmentation(predictor(write_series(tmp_path / "ct", hu, affine)), tmp_path / "out", ("seg", "report", "volumes"))
+    out = save_segmentation(predictor(write_series(tmp_path / "ct", hu, affine)), tmp_path / "out", ("seg", "rtstruct", "report", "volumes"))
     made = json.loads((out / "volumes.json").read_text())["made_with"]
     assert (made["checkpoint"], made["sha256"], made["rsna_seg"]) == (["best.pth"] * 2, sums, __version__)
     assert made["precision"] in ("float32", "bfloat16") and made["date"][:10] == f"{datetime.now():%Y-%m-%d}"
     assert Predictor(net, PredictConfig(engine=made["engine"], device="cpu")).engine == predictor.engine
-    page, segments = (out / "report.html").read_text(), pydicom.dcmread(out / "organs.seg.dcm").SegmentSequence
-    for segment in segments:
-        (by,) = segment.SegmentationAlgorithmIdentificationSequence
+    page, seg, rtstruct = (out / "report.html").read_text(), pydicom.dcmread(out / "organs.seg.dcm"), pydicom.dcmread(out / "organs.rtstruct.dcm")
+    identified = [segment.SegmentationAlgorithmIdentificationSequence for segment in seg.SegmentSequence]
+    identified += [roi.ROIDerivationAlgorithmIdentificationSequence for roi in rtstruct.StructureSetROISequence]
+    for (by,) in identified:
         assert (by.AlgorithmName, by.AlgorithmVersion) == ("rsna_seg", __version__)
         for text in (page, by.AlgorithmParameters):
             assert all(word in text for word in (*sums, "best.pth and best.pth", made["engine"], made["precision"], made["date"]))

@@ -180,10 +180,12 @@ def same(one, other):
 
 def test_first_training_by_default(data, tmp_path, steps, schedules, monkeypatch):
     "30 epochs of AdamW at a rate that falls from 1e-3 along one cosine over all steps."
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    searched = set()
+    monkeypatch.setattr(Tiny, "forward", lambda tiny, images, real=Tiny.forward: (
+        searched.add((tiny.training, torch.backends.cudnn.benchmark)), real(tiny, images))[1])  # fmt: skip
     Tiny.asked.clear()
     run = train(data, tmp_path, FIRST)
-    assert torch.backends.cudnn.benchmark
+    assert searched == {(True, True), (False, False)} and not torch.backends.cudnn.benchmark
     assert len(run.history) == len(steps) == 30
     assert {type(step.optimizer) for step in steps} == {torch.optim.AdamW}
     [(schedule, t_max)] = schedules
@@ -341,14 +343,14 @@ def test_precision_of_the_network_and_of_the_loss(data, tmp_path, wanted, has_bf
     seen = set()
 
     def forward(module, given, out):
-        if isinstance(module, (nn.Conv2d, smp.losses.DiceLoss)):
-            seen.add((type(module).__name__, torch.is_grad_enabled(), str((given[0] if out.ndim == 0 else out).dtype)))
+        if isinstance(module, (nn.Conv2d, SegLoss)):
+            seen.add((type(module).__name__, torch.is_grad_enabled(), str(out.dtype)))
 
     hook = register_module_forward_hook(forward)
     train(data, tmp_path, replace(FIRST, epochs=1, mixed_precision=wanted, ema=0.5))
     hook.remove()
     convolutions = {("Conv2d", learns, f"torch.{dtype}") for learns in (True, False)}
-    assert seen == convolutions | {("DiceLoss", learns, "torch.float32") for learns in (True, False)}
+    assert seen == convolutions | {("SegLoss", learns, "torch.float32") for learns in (True, False)}
     assert json.loads((tmp_path / "config.json").read_text())["used"]["precision"] == {"bfloat16": "bf16", "float32": "no"}[dtype]
 
 
@@ -591,13 +593,28 @@ def command(words, capsys):
     return end.value.code, re.sub(r"[\s│╭╮╰╯─]+", " ", said).strip()
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false."),
+])  # fmt: skip
+def test_a_batch_that_is_too_large(data, tmp_path, capsys, monkeypatch, error):
+    "One sentence names the flags that fit and make the same steps."
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(Tiny, "forward", refuse)
+    few = ["--size", 64, "--encoder-weights", "none", "--workers", 0, "--batch-size", 6, "--accumulation", 2]
+    code, said = command(["train", data, tmp_path, *few], capsys)
+    assert code == 2 and said == "rsna_seg train: A batch of 6 slices is too large for the memory: --batch-size 4 --accumulation 3 makes the same steps."
+
+
 def test_divergence_on_the_command_line(data, tmp_path, capsys):
     few = ["--size", 64, "--encoder-weights", "none", "--workers", 0]
     code, said = command(["train", data, tmp_path, *few, "--lr", 1e30, "--most-skipped", 4], capsys)
     assert code == 2
     checkpoint = tmp_path / "best_model_512.pth"
     assert said == ("rsna_seg train: Loss or gradient was not finite in 4 steps in a row, the last of them step 1 of its epoch: the training"
-                    f" has diverged. Try a lower --lr, --clip 1 or --mixed-precision bf16. {checkpoint} of an earlier epoch is kept.")
+                    f" has diverged. Try a lower --lr or --clip 1. {checkpoint} of an earlier epoch is kept.")
     assert json.loads(checkpoint.with_suffix(".json").read_text())["sha256"] == file_sha256(checkpoint)
 
 

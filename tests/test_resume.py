@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -151,13 +152,13 @@ def contents(run):
     "What is in a run's folder, without what may depend on interruptions."
     state = torch.load(run / "last" / "state.pt", weights_only=True)
     state["history"] = [{key: value for key, value in row.items() if key not in VARIES} for row in state["history"]]
-    free = ("workers", "save_minutes", "trackers")
+    free = ("workers", "save_minutes", "max_hours", "trackers")
     config = json.loads((run / "config.json").read_text())
     [weights], [card] = run.glob("best_*.pth"), run.glob("best_*.json")
-    card = json.loads(card.read_text())
+    card = {key: value for key, value in json.loads(card.read_text()).items() if key != "sha256"}  # of a file with the config
     card["config"] = {key: value for key, value in card["config"].items() if key not in free}
     return {
-        **state, "config.json": {key: value for key, value in config.items() if key not in (*free, "used")}, weights.name: file_sha256(weights),
+        **state, "config.json": {key: value for key, value in config.items() if key not in (*free, "used")}, weights.name: torch.load(weights, weights_only=True),
         "card": card, "history.csv": pd.read_csv(run / "history.csv").drop(columns=VARIES).to_csv(),
     }  # fmt: skip
 
@@ -291,7 +292,7 @@ OTHER = {
     "clip": 2.0, "ema": 0.5, "patience": 7, "freeze_epochs": 2, "dice_over": "image", "preset": "base",
     "encoder_weights": "imagenet", "channels": "neighbours",
 }  # fmt: skip
-FREE = {"workers": 1, "save_minutes": 3.0, "trackers": ("tensorboard",)}  # nothing depends on them
+FREE = {"workers": 1, "save_minutes": 3.0, "max_hours": 100.0, "trackers": ("tensorboard",)}  # nothing depends on them
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,26 @@ def test_what_changes_no_weight_may_change(folder, half, name):
     if name == "trackers":
         pytest.importorskip("tensorboard")
     goes_on(folder, half, **{name: FREE[name]})
+
+
+def test_a_run_that_must_end_in_time(folder, halves, tmp_path, tiny):
+    "It stops after the step in which its hours are over and keeps the state; begun again and again, it ends the same."
+    session, stops = replace(FIRST, max_hours=1e-9, save_minutes=60), 0
+    while not train(folder / "data", tmp_path, session).finished:
+        stops += 1
+        state = torch.load(tmp_path / "last" / "state.pt", weights_only=True)
+        assert 12 * len(state["history"]) + state["tally"]["step"] == stops
+    assert stops == 36 and train(folder / "data", tmp_path, FIRST).finished
+    assert differences(folder / "undisturbed", tmp_path) == []
+
+
+def test_the_command_line_says_how_to_go_on(folder, tmp_path, tiny, capsys, monkeypatch):
+    words = ["train", str(folder / "data"), str(tmp_path / "a run"), "--size", "64", "--encoder-weights", "none", "--workers", "0"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/rsna_seg", *words, "--max-hours", "1e-9"])
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--max-hours", "1e-9"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert end.value.code == 0 and last == f"time is up; to go on: rsna_seg {shlex.join([*words, '--max-hours', '1e-9'])}"
 
 
 def test_a_resumed_run_asks_for_no_weights(folder, tmp_path, tiny, monkeypatch):

@@ -589,6 +589,8 @@ def test_scores_from_every_door(patients, tmp_path):
     for paths in doors:
         np.testing.assert_allclose(scores(*paths), expected, rtol=2e-3)
     np.testing.assert_allclose(scores(predicted / "p1" / "organs.nii.gz", true / "labels" / "p1.nii.gz"), expected[:4], rtol=1e-6)
+    flat = shutil.copytree(total / "p1" / "segmentations", tmp_path / "flat")  # the organs of one case
+    assert (scores(flat, total / "p1" / "segmentations")[:, 0] == 1).all()
 
 
 def test_the_same_sentence_from_every_door(tmp_path):

@@ -7,6 +7,7 @@ __all__ = ['parse', 'Demo', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate
 
 # %% ../../nbs/app/01_commands.ipynb #f8be9fce
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ class Inspect:
 # %% ../../nbs/app/01_commands.ipynb #a74722db
 def _print_plan(command):
     "What a run would do, and whether it would go on from an earlier one."
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(plan_run(command.data, command.config))
     if (command.out / "history.csv").exists():
         done = len(open_run(command.out).history)
@@ -119,9 +122,12 @@ def _print_plan(command):
 def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
     if os.environ.get("RANK", "0") == "0":
-        save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-        best, score = run.best.epoch, run.best.valid_dice
-        print(f"best epoch {best:.0f}, Dice of pooled pixels {score:.3f}: {run.checkpoint}")
+        if len(run.history):
+            save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
+            best, score = run.best.epoch, run.best.valid_dice
+            print(f"best epoch {best:.0f}, Dice of pooled pixels {score:.3f}: {run.checkpoint}")
+        if not run.finished:
+            print("time is up; to go on:", shlex.join(["rsna_seg", *sys.argv[1:]]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -206,8 +212,8 @@ class Evaluate:
 class Score:
     "Score masks that another tool has made, NIfTI against NIfTI, and write a report."
 
-    predicted: _path("PREDICTED")  # a folder of masks: CASE.nii.gz, or CASE/ORGAN.nii.gz
-    truth: _path("TRUTH")  # a folder of true masks of the same names
+    predicted: _path("PREDICTED")  # masks, in a folder or zip: CASE.nii.gz, CASE/ORGAN.nii.gz
+    truth: _path("TRUTH")  # true masks of these names, alone or as `prepare` takes them
     out: _path("OUT")  # the report's folder
     scans: Path | None = None  # the CT as NIfTI with the same names, for the pictures
     # what the predicted numbers mean: rsna, totalsegmentator, amos, btcv, flare22 or a JSON file
@@ -298,6 +304,7 @@ def _network_slices(path, card, count=8):
     with opened(path, level=card.level, width=card.width) as scan:
         z = np.linspace(0, len(scan.hu) - 1, count).round().astype(int)
         return squares_of(scan.hu, np.unique(z), card).numpy()
+
 
 # %% ../../nbs/app/01_commands.ipynb #617b587d
 _FORMATS = (*FORMATS, "huggingface")

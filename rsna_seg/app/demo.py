@@ -94,9 +94,7 @@ def _stage(seconds, name, does):
     seconds[name] = time.perf_counter() - start
 
 # %% ../../nbs/app/02_demo.ipynb #0eb453ed
-def demo(
-    config: DemoConfig = DemoConfig(),
-) -> pd.DataFrame:  # one row a scan of an unseen patient, one column an organ
+def demo(config: DemoConfig = DemoConfig()) -> pd.DataFrame:  # a row a scan, a column an organ
     "Dice on unseen patients, after the whole path; raises `DataError` if `out` is in use."
     out, c, seconds = Path(config.out), config, {}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

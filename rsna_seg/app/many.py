@@ -13,11 +13,12 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import current_process
 from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 from tqdm.auto import tqdm
 
 from ..ct.inputs import opened, scan_table
@@ -47,11 +48,12 @@ class Job:
 
 # %% ../../nbs/app/03_many.ipynb #71fd3cf3
 def own_device(config: PredictConfig) -> PredictConfig:
-    "The settings with a GPU for each process of `accelerate launch` or `torchrun`."
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None or config.device or not torch.cuda.is_available():
+    "The settings with a GPU for this process, of a launcher's or of joblib's."
+    number = os.environ.get("LOCAL_RANK", current_process().name.rpartition("-")[2])
+    gpus = torch.cuda.device_count() if config.engine in ("auto", "cuda") else 0
+    if config.device or not gpus or not number.isdigit():
         return config
-    return replace(config, device=f"cuda:{int(rank) % torch.cuda.device_count()}")
+    return replace(config, device=f"cuda:{int(number) % gpus}")
 
 
 @lru_cache(1)
@@ -131,6 +133,9 @@ def predict_many(
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     rows, fingerprint = scan_table(source).to_dict(orient="records"), job.fingerprint()
     tasks = [delayed(predict_one)(job, row, fingerprint) for row in rows[rank::world]]
+    gpus, count = torch.cuda.device_count(), effective_n_jobs(jobs)
+    if 0 < gpus < count and not job.config.device:
+        print(f"{count} jobs share {gpus} GPUs; --jobs {gpus} gives each its own.", file=sys.stderr)
     records = Parallel(jobs, return_as="generator")(tasks)
     for record in tqdm(records, total=len(tasks), desc="scans", unit="scan"):
         if record["reason"]:

@@ -128,7 +128,6 @@ def _parse(names, pattern, folder):
     raise DataError(
         f"{folder} has names such as {stray} from which no patient can be read, and the split"
         " needs patients: give --pattern with a regular expression for the path below it, such as"
-        r" '(?P<patient>[^_]+)_(?P<series>[^_]+)_(?P<slice>\d+)' or"
         r" 'case(?P<patient>\d+)/(?P<slice>\d+)'."
     )
 
@@ -155,6 +154,8 @@ def _by_words(names, others, may_go=None):
 def _partners(scans, masks):
     "The name of each scan's mask: the same, or the same without the words of one side only."
     same = {name: name for name in scans if name in masks}
+    if len(same) == min(len(scans), len(masks)):
+        return same
     ours, theirs = _by_words(scans, masks, _IMAGE_OR_MASK), _by_words(masks, scans)
     found = {name: theirs[key] for key, name in ours.items() if key in theirs}
     unique = len(ours) == len(scans) and len(theirs) == len(masks)
@@ -344,7 +345,7 @@ def _mask_source(folder, config):
     by_organ = any(words(stem(path)) in organs for path in files.values())
     for name, path in files.items():
         case = name.rpartition("/")[0].removesuffix("/segmentations") if by_organ else name
-        masks[case] = (*masks.get(case, ()), path)
+        masks[case or "case"] = (*masks.get(case or "case", ()), path)
     grids = {case: paths[0] for case, paths in masks.items()}
     return masks and _volumes("masks", folder, grids, masks, config, notes, by_organ)
 
@@ -396,5 +397,4 @@ def find_source(
             both = f"{case_name(one)}, {one.scan} and {other.scan}"
             raise DataError(f"{source} has two series {both}; rename one of them.")
     labelled = tuple(key for key in ALL_ORGANS if key in (config.labelled or recognised.labelled))
-    notes = *notes, *recognised.notes
-    return replace(recognised, cases=cases, labelled=labelled, notes=notes)
+    return replace(recognised, cases=cases, labelled=labelled, notes=(*notes, *recognised.notes))

@@ -173,7 +173,9 @@ def assemble(
         positions = np.sort(places[:, 10:] @ slice_normal(affine))
     scan = Scan(hu, affine, grid, positions, path.name.removesuffix(".dcm"))
     tilt = f"The gantry was tilted by {scan.tilt_deg:.1f} degrees; slices are used as they are."
-    odd = (*odd, lost, uneven, tilt if scan.tilt_deg > 0.5 else "", *hu_doubts(hu, path))
+    kind = first.get("RescaleType") or "HU"  # spectral CT has iodine maps and more
+    other = f"{file} holds {kind}, not HU." if kind not in ("HU", "HU_MOD", "US") else ""
+    odd = (*odd, lost, uneven, tilt if scan.tilt_deg > 0.5 else "", other, *hu_doubts(hu, path))
     return replace(scan, notes=(*notes, *filter(None, odd)))
 
 # %% ../../nbs/ct/05_dicom.ipynb #722e203f
@@ -189,7 +191,7 @@ def read_scan(
         return nifti_scan(path)
     series, notes = series_in(list(files) or path, path, HELD)
     if len(series) > 1:
-        what = f"more than one series ({' and '.join(map(str, [*series][:2]))})"
+        what = f"more than one series ({' and '.join([*series][:2])})"
         raise ScanError(f"{path} holds {what}; put each into a folder of its own.")
     return assemble(*series.values(), notes, path)
 

@@ -88,10 +88,8 @@ def _png_stack(files, path):
             raise ScanError(f"{file} is {grey.dtype} {grey.shape} (row, col) but {other}.")
         stack[:, :, k] = grey.T
     if stack.dtype == np.uint16 and (stack.min() > 6553 or stack.max() < 58982):
-        raise ScanError(
-            f"{path} has 16 bits and values from {stack.min()} to {stack.max()}: these are stored"
-            " numbers, not the grey of a window from 0 to 65535; turn them into HU for from_array."
-        )
+        values = f"values from {stack.min()} to {stack.max()}: stored numbers, not grey to 65535"
+        raise ScanError(f"{path} has 16 bits and {values}; turn them into HU for from_array.")
     return stack
 
 # %% ../../nbs/ct/09_inputs.ipynb #71ec05aa

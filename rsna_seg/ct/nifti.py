@@ -36,9 +36,7 @@ def _open(path):
     return gzip.open(path) if zipped else open(path, "rb")
 
 # %% ../../nbs/ct/04_nifti.ipynb #18efd9de
-def nifti_format(
-    path: str | Path,
-):  # nibabel's class, or None
+def nifti_format(path: str | Path):
     "nibabel's class for the file; None if it does not begin as a NIfTI of one file."
     try:
         with _open(path) as file:
@@ -81,11 +79,12 @@ def _grid_of(header, path):
     stated = header["pixdim"][1:4].copy()
     header["pixdim"][1:4][stated == 0] = 1
     affine = np.asarray(header.get_best_affine(), dtype=float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    mm = np.linalg.norm(affine[:3, :3], axis=0)
+    sound = np.isfinite(affine).all() and mm.all()
+    if not sound or abs(np.linalg.det(affine[:3, :3] / mm)) < 1e-3:  # two axes run the same way
         raise ScanError(f"{path} has no usable affine, so its place in the patient is unknown.")
     sform, qform = header["sform_code"] > 0, header["qform_code"] > 0
     placed = (sform or qform) and not np.array_equal(affine, np.eye(4))
-    mm = np.linalg.norm(affine[:3, :3], axis=0)
     measured = bool(sform or stated.all()) and (placed or not np.allclose(mm, 1))
     grid = Grid(Path(path), shape, affine, header, measured=measured)
     taken, exchanged = "the sform is taken", "left and right may be exchanged"
@@ -130,9 +129,7 @@ def _read_volume(path, convert, dtype, axes=PATIENT_AXES):
     return volume, affine, grid, doubts
 
 # %% ../../nbs/ct/04_nifti.ipynb #041d015b
-def nifti_scan(
-    path: str | Path,
-) -> Scan:
+def nifti_scan(path: str | Path) -> Scan:
     "The scan in a NIfTI file, with notes on what is doubtful; raises `ScanError`."
     path = Path(path)
     hu, affine, grid, doubts = _read_volume(path, lambda values, *of: to_hu(values, path), np.int16)

@@ -94,9 +94,7 @@ def only(
     return table
 
 # %% ../../nbs/ct/00_organs.ipynb #3d0a309b
-def in_words(
-    keys: list[str],  # of organs
-) -> str:
+def in_words(keys: list[str]) -> str:
     "The organs as a list in a sentence; empty for none."
     names = [o.name.lower() for o in ORGANS if o.key in keys]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -50,18 +50,14 @@ class Grid:
         return "".join(nib.aff2axcodes(self.affine))
 
 # %% ../../nbs/ct/01_scan.ipynb #792bb66d
-def slice_normal(
-    affine: np.ndarray,  # 4x4: (z, row, col, 1) -> mm
-) -> np.ndarray:  # (3,)
-    "Unit vector at right angles to the slices, in the direction that z runs."
+def slice_normal(affine: np.ndarray) -> np.ndarray:  # 4x4: (z, row, col, 1) -> mm
+    "Unit vector, (3,), at right angles to the slices, in the direction that z runs."
     normal = np.cross(affine[:3, 2], affine[:3, 1])
     normal /= np.linalg.norm(normal)
     return normal if normal @ affine[:3, 0] > 0 else -normal
 
 # %% ../../nbs/ct/01_scan.ipynb #200d8f22
-def slice_step(
-    affine: np.ndarray,  # 4x4: (z, row, col, 1) -> mm
-) -> float:
+def slice_step(affine: np.ndarray) -> float:  # 4x4: (z, row, col, 1) -> mm
     "Mean distance between the planes of neighbouring slices, mm."
     return float(slice_normal(affine) @ affine[:3, 0])
 
@@ -121,9 +117,7 @@ class Scan:
         )
 
 # %% ../../nbs/ct/01_scan.ipynb #8c5054c2
-def jpeg(
-    picture: np.ndarray,  # uint8, (row, col, 3)
-) -> bytes:
+def jpeg(picture: np.ndarray) -> bytes:  # uint8, (row, col, 3)
     "The picture as a JPEG file: CT is noisy, and PNG cannot make it small."
     return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes()
 
@@ -200,7 +194,7 @@ def to_hu(
     "Whole HU within what int16 holds; raises `ScanError` for values that are no number."
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise ScanError(f"{path} holds NaN or infinite values; HU are finite numbers.")
+            raise ScanError(f"{path} holds NaN or infinite values, no HU; write -1024 there.")
         values = np.rint(values)
     if values.dtype != np.int16 and values.size and (values.min() < -32768 or values.max() > 32767):
         values = np.clip(values, -32768, 32767)

@@ -43,11 +43,11 @@ def parsing(path: Path):
 PLACE = "Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"
 PIXELS = "BitsStored", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation"
 _HEADER = [
-    *PLACE, *PIXELS, "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "NumberOfFrames",
-    "SpacingBetweenSlices", "SliceThickness", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID",
-    "PatientID", "Modality", "ImageType", "DirectoryRecordSequence", "ReferencedSeriesSequence",
-    "SeriesNumber", "AcquisitionNumber", "SeriesDescription", "ConvolutionKernel",
-    "AcquisitionDate", "SeriesDate", "StudyDate",
+    *PLACE, *PIXELS, "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence",
+    "NumberOfFrames", "SpacingBetweenSlices", "SliceThickness", "SeriesInstanceUID",
+    "SOPInstanceUID", "SOPClassUID", "PatientID", "Modality", "ImageType", "SeriesNumber",
+    "DirectoryRecordSequence", "ReferencedSeriesSequence", "AcquisitionNumber",
+    "SeriesDescription", "ConvolutionKernel", "AcquisitionDate", "SeriesDate", "StudyDate",
 ]  # fmt: skip
 
 # %% ../../nbs/ct/06_series.ipynb #fef7d9e3
@@ -95,7 +95,8 @@ def dicom_series(
             header = pydicom.Dataset()
             header.damage = str(error)
         if header is not None and "DirectoryRecordSequence" not in header:
-            series.setdefault(header.get("SeriesInstanceUID"), []).append((path, header))
+            uid = str(header.get("SeriesInstanceUID") or "")
+            series.setdefault(uid, []).append((path, header))
     return series
 
 # %% ../../nbs/ct/06_series.ipynb #ca52581d
@@ -115,11 +116,11 @@ def _acquisitions(uid, files):
     "The files as one series, or as one for each acquisition where these lie over each other."
     parts = {}
     for path, header in files:
-        parts.setdefault(header.get("AcquisitionNumber"), []).append((path, header))
+        parts.setdefault(str(header.get("AcquisitionNumber")), []).append((path, header))
     places = [{str(h.get("ImagePositionPatient")) for _, h in part} for part in parts.values()]
     if sum(map(len, places)) == len(set().union(*places)) or min(map(len, places)) < 2:
         return {uid: files}
-    return {f"{uid or ''}/{number}": part for number, part in parts.items()}
+    return {f"{uid}/{number}": part for number, part in parts.items()}
 
 # %% ../../nbs/ct/06_series.ipynb #da65ef70
 def ct_series(
@@ -141,7 +142,7 @@ def ct_series(
         folders = {uid: {file.parent for file, _ in files} for uid, files in kept.items()}
         near = [uid for uid in kept if path.parent in folders[uid]]
         if len(near) == 1 or not kept:
-            kept.setdefault(near[0] if near else None, []).append((path, header))
+            kept.setdefault(near[0] if near else "", []).append((path, header))
     notes = [header.damage for _, header in damaged]
     for (_, why), paths in others.items():
         more = f", as are {len(paths) - 1} more files" if paths[1:] else ""
@@ -185,10 +186,10 @@ def _series_table(series, root):
     for uid, files in series.items():
         whole = [(path, header) for path, header in files if "Rows" in header] or files
         header, folders = whole[0][1], [path.parent for path, _ in files]
-        acquisition = f" acquisition {uid.partition('/')[2]}" if "/" in str(uid) else ""
+        acquisition = f" acquisition {uid.partition('/')[2]}" if "/" in uid else ""
         date = _text(header, "AcquisitionDate", "SeriesDate", "StudyDate")
         rows.append({
-            "series": uid or "", "number": _text(header, "SeriesNumber"),
+            "series": uid, "number": _text(header, "SeriesNumber"),
             "description": _text(header, "SeriesDescription") + acquisition, "slices": len(whole),
             "spacing_mm": _distance(whole), "thickness_mm": _text(header, "SliceThickness"),
             "rows": header.get("Rows"), "columns": header.get("Columns"),
@@ -219,7 +220,7 @@ def chosen_series(
     series: dict,  # of `series_in`
     wish: str | int | None,  # a UID, its beginning or end, or a series number
     path: Path,  # the folder, for messages
-) -> str | None:
+) -> str:
     "The UID of the series that is meant; raises `ScanError` with the list if that is not one."
     if len(series) == 1 and wish is None:
         return next(iter(series))
@@ -231,7 +232,7 @@ def chosen_series(
         ways = table.series == wish, table.number == wish, by_part
         uids = list(table.series[next((way for way in ways if way.any()), by_part)])
     if len(uids) == 1:
-        return uids[0] or None
+        return uids[0]
     fits = f" that {wish} fits" if wish is not None else ""
     what = f"{len(uids)} CT series{fits}" if uids else f"no CT series {wish}"
     how = "choose one with --series and its UID, the beginning or end of that, or its number"

@@ -46,9 +46,7 @@ def case_drawer(folder: str | Path | None) -> Callable[[CaseSlices], None] | Non
     return None if folder is None else partial(_draw_case, Path(folder))
 
 # %% ../../nbs/report/02_evaluation.ipynb #880e88d4
-def slice_table(
-    result: Evaluation,
-) -> pd.DataFrame:  # a row a slice
+def slice_table(result: Evaluation) -> pd.DataFrame:  # a row a slice
     "Pixel accuracy and the pixel metrics of each organ in each slice; NaN where it is not shown."
     outcome = class_outcomes(result.counts)
     right = result.counts.trace(axis1=1, axis2=2) / result.counts.sum(axis=(1, 2))
@@ -279,7 +277,7 @@ def _organ_sections(result, scores, drawn):
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
     means = "Means over patients."
     if scores["dice"].low.count():
-        means += " Brackets: 95 % interval, all such patients (Gaffke 2005); mm and ml have none."
+        means += " Brackets: 95 % interval (Gaffke 2005): one more patient might have 0, or 1."
     text = f"{means} “patients” counts those with a Dice; distances need a found organ, too."
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,

@@ -70,9 +70,7 @@ def _label(index):
     return " / ".join(map(str, index)) if isinstance(index, tuple) else index
 
 
-def table_rows(
-    section: Section,  # with a table
-) -> list:  # of (label, anchor it leads to or "", [(value, why it would be missing), ...])
+def table_rows(section: Section) -> list:  # of (label, anchor or "", [(value, why missing), ...])
     "The table row by row; raises `ValueError` if the reasons do not have its shape."
     table, absent = section.table, section.absent
     if isinstance(absent, str):
@@ -91,9 +89,7 @@ def _numeric(values: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(values.dropna().infer_objects())
 
 
-def column_headings(
-    table: pd.DataFrame,  # any
-) -> list:  # of (name, whether the column holds numbers), the index first
+def column_headings(table: pd.DataFrame) -> list:  # of (name, whether numeric), index first
     "What stands above the columns, and how they are aligned and sorted."
     index = table.index
     name = index.name if index.nlevels == 1 else _label(tuple(index.names))

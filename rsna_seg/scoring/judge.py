@@ -300,25 +300,19 @@ def levels(
     return table.assign(**counts).rename_axis("organ")
 
 # %% ../../nbs/scoring/02_judge.ipynb #ec13329d
-def patient_scores(
-    result: Evaluation,
-) -> dict:  # key of the metric -> DataFrame of `interval_table`
+def patient_scores(result: Evaluation) -> dict:  # metric -> table of `interval_table`
     "Each metric as a mean over patients, shares with their interval."
     means = {key: patient_means(result.volumes, key) for key in METRICS}
     return {key: interval_table(each, share=METRICS[key].share) for key, each in means.items()}
 
 
-def states(
-    result: Evaluation,
-) -> pd.DataFrame:  # a row an organ, a column a state
+def states(result: Evaluation) -> pd.DataFrame:  # a row an organ, a column a state
     "In how many volumes an organ was present, missed, absent or not labelled."
     counts = pd.crosstab(result.volumes.organ, result.volumes.state)
     return counts.reindex(index=ALL_ORGANS, columns=list(_NOTES), fill_value=0)
 
 # %% ../../nbs/scoring/02_judge.ipynb #6ae387ce
-def calibration(
-    result: Evaluation,
-) -> pd.DataFrame:  # a row a labelled organ
+def calibration(result: Evaluation) -> pd.DataFrame:  # a row a labelled organ
     "Expected calibration error over all pixels and over those with a probability of at least 1 %."
     scores = {key: result.roc.checked(ORGAN[key].id) for key in result.labelled}
     table = pd.DataFrame(index=pd.Index(scores, name="organ"))
@@ -349,9 +343,7 @@ def plain(
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../../nbs/scoring/02_judge.ipynb #c947f651
-def metrics(
-    result: Evaluation,
-) -> dict:
+def metrics(result: Evaluation) -> dict:
     "All scores and what they rest on, as JSON knows it."
     matrix, outcome, roc = result.matrix, class_outcomes(result.matrix), result.roc
     on_pixels = [metric for metric in METRICS.values() if metric.counts]

@@ -22,9 +22,9 @@ from ..ct.organs import ALL_ORGANS, CLASSES, ORGANS, PAIRS, in_words
 class Confusion:
     "A confusion matrix of pixels, for as many batches as there are."
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
         places = len(CLASSES) ** 2 + 1  # the last counts what is no class
-        self.counts = torch.zeros(places, dtype=torch.int64)  # may be summed over processes
+        self.counts = torch.zeros(places, dtype=torch.int64, device=device)
 
     def update(
         self,
@@ -42,7 +42,7 @@ class Confusion:
         if place.device.type == "cpu":
             self.counts += torch.bincount(place, minlength=len(self.counts))
         else:
-            self.counts.scatter_add_(0, place.long(), self.counts.new_ones(()).expand_as(place))
+            self.counts += torch.histc(place.int(), n * n + 1, 0, n * n + 1)  # does not wait
 
     def matrix(self):  # int64, (6, 6), truth in rows, prediction in columns
         "The counts so far; raises ValueError if a pixel had a class outside 0..5."
