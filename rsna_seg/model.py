@@ -52,8 +52,7 @@ def imagenet_file() -> Path:
     "The encoder's ImageNet weights, downloaded if need be; raises `ConfigError` offline."
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # a slow import
 
-    cached = try_to_load_from_cache(_HUB, "model.safetensors")
-    if isinstance(cached, str):
+    if isinstance(cached := try_to_load_from_cache(_HUB, "model.safetensors"), str):
         return Path(cached)
     try:
         HfApi().model_info(_HUB, timeout=10)  # seconds
@@ -347,8 +346,7 @@ def load_checkpoint(
     path: str | Path,  # a state_dict of this network, bare or in a training script's checkpoint
 ) -> tuple[nn.Module, Card]:
     "The network with the checkpoint's weights, in eval mode, and its card; raises `ConfigError`."
-    path = Path(path)
-    tensors = _read_tensors(path)
+    path, tensors = Path(path), _read_tensors(Path(path))
     card = _find_card(path, tensors)
     model = build_model(card.encoder, "none")
     _load_weights(model, path, tensors)
