@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
@@ -36,7 +35,7 @@ from .ct.scan import Scan, window
 from .engines.engines import ENGINES, make_engine, pick_engine
 from .engines.graph import missing_packages
 from rsna_seg.engines.slices import (
-    box_on_square, classes_on_scan, from_square, mean_logits, on_scan, squares_of,
+    box_on_square, classes_on_scan, mean_logits, on_scan, squares_of,
 )  # fmt: skip
 from .files import ConfigError, OutputError, whole_file, writing
 from .model import Card, load_checkpoint
@@ -217,7 +216,6 @@ class Predictor:
         if config.engine == "auto":
             self.engine, self.speeds = pick_engine(models[0], size, device, self.sha256[0])
         self.engines = [make_engine(self.engine, model, size, device) for model in models]
-        self.device = getattr(self.engines[0], "device", torch.device("cpu"))
 
     def __repr__(self):
         names = ", ".join(path.name for path in self.paths)
@@ -239,12 +237,6 @@ class Predictor:
     def batches(self, ranks):
         "The ranks of slices, as many at once as the network is given."
         return np.split(ranks, range(self.config.batch_size, len(ranks), self.config.batch_size))
-
-    def logits(self, hu, z):  # (z, row, col); ranks of the slices
-        "The network's scores of some slices on the scan's pixels, float32."
-        squares = squares_of(hu, z, self.card)
-        answer = mean_logits(self.engines, squares, self.card.labelled)
-        return from_square(answer.float(), *hu.shape[1:])
 
     def __call__(
         self,

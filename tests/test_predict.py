@@ -23,6 +23,7 @@ from torch.nn.functional import one_hot, unfold
 
 from rsna_seg import __version__
 from rsna_seg.engines import engines
+from rsna_seg.engines.slices import mean_logits, squares_of
 from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
@@ -245,10 +246,15 @@ def other(net):
     return net.with_name("other.pth")
 
 
+def shares(predictor, hu, z):
+    "Probabilities of some slices."
+    return mean_logits(predictor.engines, squares_of(hu, z, predictor.card), predictor.card.labelled).float().softmax(1)
+
+
 def test_several_checkpoints_are_averaged(net, other, phantom):
     "Probabilities are, not classes nor logits, and in whatever order."
     config, z = PredictConfig("torch"), np.array([4, 9])
-    one, two, both, turned = (Predictor(paths, config).logits(phantom.hu, z).softmax(1) for paths in ([net], other, [net, other], [other, net]))
+    one, two, both, turned = (shares(Predictor(paths, config), phantom.hu, z) for paths in ([net], other, [net, other], [other, net]))
     assert (one - two).abs().max() > 0.3
     torch.testing.assert_close(both, (one + two) / 2, atol=1e-5, rtol=0)
     torch.testing.assert_close(both, turned, atol=1e-5, rtol=0)
@@ -283,7 +289,7 @@ def test_the_choice_of_an_engine_is_kept(net, other, tmp_path, monkeypatch):
     first = chosen(net)
     assert [chosen(net), chosen(net), len(left)] == ["openvino", "openvino", 6] and first == "openvino"
     assert [chosen(other), len(left)] == ["torch-bf16" if has_bf16() else "torch", 4]
-    monkeypatch.setattr(engines, "version", lambda package: "0.0")
+    monkeypatch.setattr(engines, "distributions", lambda name: [])
     assert chosen(net) != first and len(left) == 2
     engines.forget_engines()
     assert chosen(net) != first and left == []
