@@ -1,4 +1,4 @@
-"""How often is a warning right? False alarms and hits of every rule, as nbs/anatomy/01_checks shows them.
+"""How often is a warning right? False alarms and hits of every rule: the table of 01_checks.
 
 With real data sets beside the project, columns say what share of their series each rule names:
 none of them has a known fault.
@@ -21,8 +21,9 @@ from rsna_seg.data import PrepareConfig, prepare
 PAGE = Path(__file__).parents[1] / "nbs" / "anatomy" / "01_checks.ipynb"
 KIDNEYS = "left_kidney", "right_kidney"
 SETS = {  # folder: organs that are labelled in it
-    "curvas_png": ("liver", *KIDNEYS), "msd_liver_slices": ("liver",), "kits19_kidney_slices": KIDNEYS,
-    "msd_spleen_slices": ("spleen",), "chaos_ct_liver_slices": ("liver",),
+    "curvas_png": ("liver", *KIDNEYS), "msd_liver_slices": ("liver",),
+    "kits19_kidney_slices": KIDNEYS, "msd_spleen_slices": ("spleen",),
+    "chaos_ct_liver_slices": ("liver",),
 }  # fmt: skip
 TORSO = {("cut_off", "liver"), ("cut_off", "spleen")}  # it ends below the diaphragm
 
@@ -43,7 +44,8 @@ def named_series(folder):
     with tempfile.TemporaryDirectory() as prepared:
         for name, labelled in SETS.items():
             config = PrepareConfig(size=256, labelled=labelled, jobs=1, valid=0)
-            quality = inspect_data(prepare(folder / name, Path(prepared) / name, config=config).folder, jobs=1)
+            data = prepare(folder / name, Path(prepared) / name, config=config)
+            quality = inspect_data(data.folder, jobs=1)
             counts.update(quality.findings.drop_duplicates(["patient", "series", "kind"]).kind)
             total += len(quality.series)
     return counts, total
@@ -65,9 +67,11 @@ def main():
     if arguments.real:
         named, total = named_series(arguments.real)
         used = table["data sets", "hits, %"].notna()
-        table["real sets", "false alarms, %"] = 100 * pd.Series(named).reindex(table.index, fill_value=0).where(used) / total
+        share = 100 * pd.Series(named).reindex(table.index, fill_value=0) / total
+        table["real sets", "false alarms, %"] = share.where(used)
         table["real sets", "of scans"] = pd.Series(total, table.index).where(used)
-        print("A whole torso: ", untrue_of_the_torso(arguments.real) or "nothing is said that is not true.")
+        untrue = untrue_of_the_torso(arguments.real)
+        print("A whole torso:", untrue or "nothing is said that is not true.")
     print(table.round(1).to_string(na_rep=""))
     if arguments.json:
         table.columns = [": ".join(names) for names in table.columns]

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
-from rounds import arguments, report, summary
+from rounds import report, summary, words
 
 from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
 from rsna_seg.augment import AugmentConfig
@@ -45,14 +45,13 @@ def one_run(folder, seed, flips):
 
 def main():
     "Trains and judges for each seed, and reports the Dice without steps and what each step adds."
-    args = arguments(__doc__)
-    seeds, means = 1 if args.quick else SEEDS, {}
+    args, means = words(__doc__, quick=False).parse_args(), {}
     os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore")
     keys = [o.key for o in ORGANS]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for seed in range(seeds):
+        for seed in range(SEEDS):
             write_kaggle(folder / f"kaggle{seed}", patients=PATIENTS, size=SIZE, slices=SLICES, seed=seed)
             prepare(folder / f"kaggle{seed}", folder / f"png{seed}", config=PrepareConfig(size=SIZE, jobs=1))
             for name, flips in TRAINED.items():
@@ -61,7 +60,7 @@ def main():
                 print(f"trained {name}, seed {seed}", means[name, seed].round(4).to_string(), sep="\n", flush=True)
     results, ratios = {}, {}
     for name in TRAINED:
-        runs = [means[name, seed] for seed in range(seeds)]
+        runs = [means[name, seed] for seed in range(SEEDS)]
         for organ in keys:
             results[f"{name}, nothing, {organ}"] = summary([r.loc["nothing", organ] for r in runs], "Dice")
         for step in list(STEPS)[1:]:
@@ -71,7 +70,7 @@ def main():
                     results[f"{name}, {step}, {organ}"] = summary(more, "Dice more")
             ratios[f"{name}, {step}/nothing"] = sum(r.loc[step].mean() for r in runs) / sum(r.loc["nothing"].mean() for r in runs)
     packages = ("rsna_seg", "torch", "connected-components-3d", "fill-voids")
-    report(__doc__, results, ratios, packages, seeds, args.json)
+    report(__doc__, results, ratios, packages, SEEDS, args.json)
 
 
 if __name__ == "__main__":

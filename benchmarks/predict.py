@@ -28,7 +28,7 @@ from rsna_seg.engines.graph import export_onnx
 from rsna_seg.model import ENCODER, Card, as_input, build_model, has_bf16, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor, plan_work, save_segmentation
 
-SIZE, BATCH, SLICES, ROUNDS = 512, 4, 24, 5  # pixels of the usual network; slices at once and of a scan
+SIZE, BATCH, ROUNDS = 512, 4, 5  # pixels of the usual network; slices at once
 SAME = 0.999  # share of voxels with the same class; with less, the ways did not do the same work
 NUMBERS = "bfloat16" if has_bf16() else "float32"  # the fastest that this processor multiplies by itself
 OURS = "ours"
@@ -39,6 +39,7 @@ def arguments():
     "The words of all benchmarks, a real scan, and weights with their card."
     parser = words(__doc__)
     parser.add_argument("--scan", type=Path, help="a real CT, resampled to the network's size, beside the phantom")
+    parser.add_argument("--slices", type=int, default=24, help="of each scan; its middle ones if it has more")
     parser.add_argument("--checkpoint", type=Path, help="weights; if not given, some that are fitted to a phantom at 512 pixels")
     args = parser.parse_args()
     if args.checkpoint:
@@ -48,19 +49,19 @@ def arguments():
     return args
 
 
-def write_phantom(folder, size):
+def write_phantom(folder, size, slices):
     "A synthetic patient whose image is as wide as a scanner's usual field of view, as DICOM."
-    hu, _, affine = render(draw_patient(7), size=size, slices=SLICES)
+    hu, _, affine = render(draw_patient(7), size=size, slices=slices)
     write_series(folder, hu, affine)
 
 
-def write_resampled(path, folder, size):
+def write_resampled(path, folder, size, slices):
     "Slices from a real scan's middle, with rows and columns resampled to the network's square, as DICOM."
     scan = read_scan(path)
     rows, cols = scan.hu.shape[1:]
-    side, first = max(rows, cols), max(0, (len(scan.hu) - SLICES) // 2)
+    side, first = max(rows, cols), max(0, (len(scan.hu) - slices) // 2)
     around = [(0, 0), *(((side - n) // 2, side - n - (side - n) // 2) for n in (rows, cols))]
-    square = np.pad(scan.hu[first : first + SLICES], around, constant_values=-1000)
+    square = np.pad(scan.hu[first : first + slices], around, constant_values=-1000)
     hu = np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_CUBIC) for plane in square])
     affine = scan.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ (first, *(-a[0] for a in around[1:]))
@@ -161,8 +162,11 @@ def fitted_weights(path):
 
 
 def same_voxels(a, b):
-    "Share of equal voxels of two masks on disk; ends the run where it is too small to compare times."
-    share = float((np.asarray(nib.load(a).dataobj) == np.asarray(nib.load(b).dataobj)).mean())
+    "Share of equal voxels of two masks on disk; ends the run where it is too small to compare times, or both are empty."
+    masks = [np.asarray(nib.load(path).dataobj) for path in (a, b)]
+    if not any(mask.any() for mask in masks):
+        raise SystemExit(f"{a} and {b} hold no organ, which shows nothing; give other weights with --checkpoint.")
+    share = float((masks[0] == masks[1]).mean())
     if share < SAME:
         raise SystemExit(f"Unequal work: only {share:.3%} of the voxels of {a} and {b} are equal, so their times cannot be compared.")
     return share
@@ -186,10 +190,10 @@ def main():
         folder, scans = Path(folder), {"phantom": Path(folder) / "phantom"}
         checkpoint = args.checkpoint or fitted_weights(folder / "weights.pth")
         card = load_checkpoint(checkpoint)[1]
-        write_phantom(scans["phantom"], card.size)
+        write_phantom(scans["phantom"], card.size, args.slices)
         if args.scan:
             scans["real CT"] = folder / "real"
-            write_resampled(args.scan, scans["real CT"], card.size)
+            write_resampled(args.scan, scans["real CT"], card.size, args.slices)
         spawn = multiprocessing.get_context("spawn")
         pools = {way: stack.enter_context(ProcessPoolExecutor(1, spawn, begin, (way, checkpoint))) for way in (OURS, *PEERS)}
         limit, ratios = products(getattr(torch, NUMBERS), rounds), {}

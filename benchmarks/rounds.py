@@ -15,10 +15,11 @@ from rsna_seg.engines.engines import processor
 from rsna_seg.files import whole_file
 
 
-def words(question):
-    "The words that every benchmark understands, as a parser to which others may be added."
+def words(question, quick=True):
+    "The words of a benchmark, as a parser to which others may be added; `quick` where nothing has to be learned first."
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--quick", action="store_true", help="same work per round, fewer rounds")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="same work per round, fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     return parser
 

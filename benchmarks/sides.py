@@ -1,6 +1,5 @@
 "What do the three ways to mirror make of left and right kidney, after equally many steps, on patients left out of the training?"
 
-import argparse
 import itertools
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from rounds import report, summary
+from rounds import report, summary, words
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.ct.organs import ORGAN
@@ -32,13 +31,11 @@ WRONG, TIME = list(UNITS)[3:]
 
 
 def arguments():
-    "What to learn from, and the words of the other benchmarks."
-    parser = argparse.ArgumentParser(description=__doc__)
+    "What to learn from, and where to write; nothing is quick, as each answer is a training."
+    parser = words(__doc__, quick=False)
     parser.add_argument("folder", type=Path, help="PNG pairs of several patients, or another source that prepare knows")
     parser.add_argument("--labelled", nargs="*", default=(), help="organs that the masks show; those of the labels if none")
     parser.add_argument("--encoder-weights", default="none", help='"imagenet", "none" for random, or a file')
-    parser.add_argument("--quick", action="store_true", help="the same work per run, one fold and one seed: minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     return parser.parse_args()
 
 
@@ -71,7 +68,6 @@ def several(values, unit):
 def main():
     "Prepares the folder, trains and judges side by side, and reports."
     args = arguments()
-    folds, seeds = (1, 1) if args.quick else (FOLDS, SEEDS)
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: a line for each run says enough
     warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces a process that has grown
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +78,7 @@ def main():
         for fold, rows in prepared.manifest.groupby("fold"):
             steps, patients = EPOCHS * math.ceil((len(prepared.manifest) - len(rows)) / BATCH), rows.patient.nunique()
             print(f"without fold {fold}: {steps} optimiser steps, judged on {len(rows)} slices of {patients} patients")
-        todo, runs = itertools.product([data], range(seeds), range(folds), SIDES, [args.encoder_weights]), []
+        todo, runs = itertools.product([data], range(SEEDS), range(FOLDS), SIDES, [args.encoder_weights]), []
         work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
         for run in work(delayed(one_run)(*each) for each in todo):
             runs.append(run)
@@ -94,7 +90,7 @@ def main():
             results[f"{side} minus keep, {name}"] = several((means.loc[side, name] - means.loc["keep", name]).tolist(), unit)
     both = means[["Dice of left kidney", "Dice of right kidney"]].mean(axis=1).groupby("sides").mean()
     ratios = {f"keep/{side}, Dice of both kidneys": both["keep"] / both[side] for side in SIDES[1:]}
-    report(__doc__, results, ratios, ("rsna_seg", "torch", "albumentations", "segmentation-models-pytorch"), seeds, args.json)
+    report(__doc__, results, ratios, ("rsna_seg", "torch", "albumentations", "segmentation-models-pytorch"), SEEDS, args.json)
 
 
 if __name__ == "__main__":

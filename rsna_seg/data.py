@@ -155,7 +155,8 @@ def prepare(
     try:
         recognised = _look_at(source, mask, config, store)
         store.begin()
-        skipped = put_all(store, recognised, config.jobs)
+        skipped, zipped = put_all(store, recognised, config.jobs), str(store.folder / "unpacked")
+        skipped = [[text.replace(zipped, str(source)) for text in row] for row in skipped]
         notes = [f"Left out: {reason}" for *_, reason in skipped] + [*recognised.notes]
         how = {"valid": config.valid, "folds": config.folds, "seed": config.seed, "notes": notes}
         split = partial(add_split, **how)

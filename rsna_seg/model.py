@@ -52,8 +52,7 @@ def imagenet_file() -> Path:
     "The encoder's ImageNet weights, downloaded if need be; raises `ConfigError` offline."
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # a slow import
 
-    cached = try_to_load_from_cache(_HUB, "model.safetensors")
-    if isinstance(cached, str):
+    if isinstance(cached := try_to_load_from_cache(_HUB, "model.safetensors"), str):
         return Path(cached)
     try:
         HfApi().model_info(_HUB, timeout=10)  # seconds
@@ -282,6 +281,7 @@ class Card:
             "size": isinstance(self.size, int) and self.size > 0 and self.size % 32 == 0,
             "level": math.isfinite(self.level),
             "width": 0 < self.width < math.inf,
+            "window": self.window in ("known", "estimated", "assumed"),
             "channels": self.channels in ("copies", "neighbours"),
             "labelled": bool(self.labelled) and {*self.labelled} <= {*ALL_ORGANS},
         }
@@ -329,8 +329,7 @@ def _find_card(path, tensors):
         raise ConfigError(f"{source} holds no card of a checkpoint ({error}); {way}.") from error
     check_encoder(card.encoder)
     notes, known = [*card.notes], "size level width channels labelled".split()
-    if "level" in said and "window" not in said and not card.spacing:  # older, of PNG pairs
-        card = replace(card, window="assumed")
+    if older := card.versions and "window" not in said and not card.spacing:  # of PNG pairs
         notes.append(f"{path.name} was taught on PNG pairs in a window that nobody told.")
     if unlike := [name for name, value in told.items() if value and value != said.get(name)]:
         way = "the card inside counts" if inside else "check what it says"
@@ -339,15 +338,15 @@ def _find_card(path, tensors):
     if assumed := {name: getattr(card, name) for name in known if name not in said}:
         what = f"{path.name} does not say what it was made for: {json.dumps(assumed)} is assumed"
         notes.append(f"{what}; if that is wrong, write what is right into {beside.name}.")
-    return replace(card, notes=notes)
+    unsure = older or not {"level", "width"} <= {*said}
+    return replace(card, notes=notes, window="assumed" if unsure else card.window)
 
 
 def load_checkpoint(
     path: str | Path,  # a state_dict of this network, bare or in a training script's checkpoint
 ) -> tuple[nn.Module, Card]:
     "The network with the checkpoint's weights, in eval mode, and its card; raises `ConfigError`."
-    path = Path(path)
-    tensors = _read_tensors(path)
+    path, tensors = Path(path), _read_tensors(Path(path))
     card = _find_card(path, tensors)
     model = build_model(card.encoder, "none")
     _load_weights(model, path, tensors)

@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
@@ -36,10 +35,10 @@ from .ct.scan import Scan, window
 from .engines.engines import ENGINES, make_engine, pick_engine
 from .engines.graph import missing_packages
 from rsna_seg.engines.slices import (
-    box_on_square, classes_on_scan, from_square, mean_logits, on_scan, squares_of,
+    box_on_square, classes_on_scan, mean_logits, on_scan, squares_of,
 )  # fmt: skip
 from .files import ConfigError, OutputError, whole_file, writing
-from .model import Card, file_sha256, load_checkpoint
+from .model import Card, load_checkpoint
 
 # %% ../nbs/06_predict.ipynb #237d0215
 def plan_work(
@@ -165,7 +164,7 @@ def niivue_widget(result: Segmentation):
 @dataclass(frozen=True)
 class PredictConfig:
     "How scans are segmented."
-    engine: Literal[("auto", *ENGINES)] = "auto"  # auto: the fastest here, by measurement
+    engine: Literal[("auto", *ENGINES)] = "auto"  # auto: the fastest here, measured once
     device: str | None = None  # cuda, cuda:1, cpu ...; the GPU if there is one
     batch_size: int = 4  # slices at once
     crop: bool = True  # leave out air and table around the body, and slices without a body
@@ -209,7 +208,7 @@ class Predictor:
         several = isinstance(checkpoints, (list, tuple))
         self.paths = [Path(path) for path in (checkpoints if several else [checkpoints])]
         models, cards = zip(*map(load_checkpoint, self.paths))
-        self.sha256 = [file_sha256(path) for path in self.paths]
+        self.sha256 = [card.sha256 for card in cards]
         self.config, self.card = config, shared_card(cards, self.paths)
         self.png_window = png_window(self.card, config.window_of_png)
         size, device = self.card.size, config.device
@@ -217,7 +216,6 @@ class Predictor:
         if config.engine == "auto":
             self.engine, self.speeds = pick_engine(models[0], size, device, self.sha256[0])
         self.engines = [make_engine(self.engine, model, size, device) for model in models]
-        self.device = getattr(self.engines[0], "device", torch.device("cpu"))
 
     def __repr__(self):
         names = ", ".join(path.name for path in self.paths)
@@ -239,12 +237,6 @@ class Predictor:
     def batches(self, ranks):
         "The ranks of slices, as many at once as the network is given."
         return np.split(ranks, range(self.config.batch_size, len(ranks), self.config.batch_size))
-
-    def logits(self, hu, z):  # (z, row, col); ranks of the slices
-        "The network's scores of some slices on the scan's pixels, float32."
-        squares = squares_of(hu, z, self.card)
-        answer = mean_logits(self.engines, squares, self.card.labelled)
-        return from_square(answer.float(), *hu.shape[1:])
 
     def __call__(
         self,
@@ -336,7 +328,7 @@ def write_rtstruct(result: Segmentation, path: Path):
     "Writes an RT Structure Set."
     from rsna_seg.ct.outputs import save_rtstruct
 
-    save_rtstruct(result.mask, result.scan, path, result.card.labelled)
+    save_rtstruct(result.mask, result.scan, path, result.card.labelled, result.record)
 
 
 def write_masks(result: Segmentation, path: Path):

@@ -102,7 +102,7 @@ def assert_loads(path, state):
     loaded, card = load_checkpoint(path)
     assert list(loaded.state_dict()) == list(state) and not loaded.training
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    assert replace(card, sha256="", notes=[]) == Card(versions={}) and card.sha256 == file_sha256(path)
+    assert replace(card, sha256="", notes=[]) == Card(versions={}, window="assumed") and card.sha256 == file_sha256(path)
     [note] = card.notes
     assert note.startswith(f"{path.name} does not say") and '"size": 512' in note and f"{path.stem}.json" in note
 
@@ -294,7 +294,7 @@ def test_the_card_inside_counts(net, tmp_path):
         load_checkpoint(tmp_path / "mine.pth")[1]
 
 
-@pytest.mark.parametrize("wrong", [{"size": "256"}, {"size": 100}, {"size": 0}, {"size": 256.0}, {"level": "40"}, {"level": None}, {"width": 0}, {"width": -1}, {"sizes": 256},
+@pytest.mark.parametrize("wrong", [{"size": "256"}, {"size": 100}, {"size": 0}, {"size": 256.0}, {"level": "40"}, {"level": None}, {"width": 0}, {"width": -1}, {"window": "narrow"}, {"sizes": 256},
                                    {"labelled": []}, {"labelled": ["heart"]}, {"labelled": "liver"}, {"channels": "rgb"}, [256], None, 3])  # fmt: skip
 def test_a_json_that_is_no_card_is_refused(wrong, net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "theirs.pth")
@@ -317,10 +317,11 @@ def test_what_the_json_leaves_open_is_assumed(net, tmp_path):
     told = {"size": 256, "channels": "neighbours", "labelled": ["liver"]}
     (tmp_path / "theirs.json").write_text(json.dumps(told))
     card = load_checkpoint(tmp_path / "theirs.pth")[1]
-    assert (card.size, card.channels, card.labelled, card.versions) == (256, "neighbours", ["liver"], {})
+    assert (card.size, card.channels, card.labelled, card.versions, card.window) == (256, "neighbours", ["liver"], {}, "assumed")
     assert len(card.notes) == 1 and '{"level": 50.0, "width": 400.0} is assumed' in card.notes[0]
     (tmp_path / "theirs.json").write_text(json.dumps({**told, "level": 50, "width": 400}))
-    assert load_checkpoint(tmp_path / "theirs.pth")[1].notes == []
+    card = load_checkpoint(tmp_path / "theirs.pth")[1]
+    assert (card.notes, card.window) == ([], "known")
 
 
 def test_safetensors_hold_the_card_too(net, tmp_path):
@@ -409,12 +410,15 @@ def test_finetuning_asks_for_the_channels_of_a_bare_file(net, world, tmp_path):
 def test_finetuning_and_evaluation_go_on_from_it(net, world, tmp_path, capsys):
     torch.save(SAVED["model_state_dict"](net), tmp_path / "theirs.pth")
     before = evaluate(tmp_path / "theirs.pth", world / "data", workers=0, device="cpu")
-    assert before.about["notes"][0].startswith("theirs.pth does not say what it was made for")
+    assert any(note.startswith("theirs.pth does not say what it was made for") for note in before.about["notes"])
     config = FinetuneConfig(size=64, batch_size=8, accumulation=1, epochs=1, mixed_precision="no", workers=0)
     run = finetune(tmp_path / "theirs.pth", world / "data", tmp_path / "run", config)
     assert before.matrix.sum() > 0 and len(run.history) == 1 and run.checkpoint.is_file()
     assert "theirs.pth does not say what it was made for" in capsys.readouterr().out
     assert load_checkpoint(run.checkpoint)[1].notes == []
     prepare(world / "kaggle", tmp_path / "lung", config=PrepareConfig(size=64, valid=0.5, level=-600, width=1500, jobs=1))
-    with pytest.raises(DataError, match="window"):
+    notes = evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu").about["notes"]
+    assert any("lung has the window -600/1500 (known) but" in note and "50/400 (assumed)" in note for note in notes)
+    (tmp_path / "theirs.json").write_text('{"level": 50, "width": 400}')
+    with pytest.raises(DataError, match="lung has the window .* prepare the data with the same window"):
         evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu")

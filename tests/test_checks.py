@@ -295,10 +295,13 @@ def test_pictures_show_a_window_by_nature(patient):
 
 def test_crumbs_of_an_organ_are_none(patient):
     scan, mask = patient
-    crumbs = without(mask, 2)
-    crumbs[20, 200:205, 200:205] = 2
-    findings = check_segmentation(crumbs, scan, SOLID)
-    assert [(f.kind, f.organ) for f in findings] == [("missing", "spleen")] and "Hardly any spleen" in findings[0].text
+    for rows, text in ((5, "Hardly any spleen (0 ml)"), (30, "Hardly any spleen (8 ml)")):
+        crumbs = without(mask, 2)
+        crumbs[20, 170 : 170 + rows, 200 : 200 + rows] = 2
+        findings = check_segmentation(crumbs, scan, SOLID)
+        assert [(f.kind, f.organ) for f in findings] == [("missing", "spleen")] and text in findings[0].text
+    unmeasured = replace(scan, source=replace(scan.source, measured=False))
+    assert found(without(mask, 2), unmeasured, taught=SOLID) == [("no_spacing", ""), ("missing", "spleen")]
 
 
 masks = arrays(np.uint8, (5, 9, 9), elements=st.sampled_from([0, 0, 0, 1, 2, 5]))

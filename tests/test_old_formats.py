@@ -90,7 +90,8 @@ def test_a_dataset_folder_opens(old):
 
 
 def test_checkpoint_predicts_the_same_voxels(old):
-    result = Predictor(old / "run" / "best_model_512.pth", PredictConfig("torch"))(old / "scan")
+    "Of whole frames: around the body 0.1.0 kept a margin that changed some voxels."
+    result = Predictor(old / "run" / "best_model_512.pth", PredictConfig("torch", crop=False))(old / "scan")
     expected = json.loads((old / "expected.json").read_text())["voxels"]
     assert result.organs.voxels.to_dict() == pytest.approx(expected, abs=5)
     assert result.card.versions["rsna_seg"] == "0.1.0"

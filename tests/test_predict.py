@@ -23,6 +23,7 @@ from torch.nn.functional import one_hot, unfold
 
 from rsna_seg import __version__
 from rsna_seg.engines import engines
+from rsna_seg.engines.slices import mean_logits, squares_of
 from rsna_seg.app.cli import main
 from rsna_seg.files import ConfigError
 from rsna_seg.ct.inputs import from_array, read_input
@@ -245,10 +246,15 @@ def other(net):
     return net.with_name("other.pth")
 
 
+def shares(predictor, hu, z):
+    "Probabilities of some slices."
+    return mean_logits(predictor.engines, squares_of(hu, z, predictor.card), predictor.card.labelled).float().softmax(1)
+
+
 def test_several_checkpoints_are_averaged(net, other, phantom):
     "Probabilities are, not classes nor logits, and in whatever order."
     config, z = PredictConfig("torch"), np.array([4, 9])
-    one, two, both, turned = (Predictor(paths, config).logits(phantom.hu, z).softmax(1) for paths in ([net], other, [net, other], [other, net]))
+    one, two, both, turned = (shares(Predictor(paths, config), phantom.hu, z) for paths in ([net], other, [net, other], [other, net]))
     assert (one - two).abs().max() > 0.3
     torch.testing.assert_close(both, (one + two) / 2, atol=1e-5, rtol=0)
     torch.testing.assert_close(both, turned, atol=1e-5, rtol=0)
@@ -283,7 +289,7 @@ def test_the_choice_of_an_engine_is_kept(net, other, tmp_path, monkeypatch):
     first = chosen(net)
     assert [chosen(net), chosen(net), len(left)] == ["openvino", "openvino", 6] and first == "openvino"
     assert [chosen(other), len(left)] == ["torch-bf16" if has_bf16() else "torch", 4]
-    monkeypatch.setattr(engines, "version", lambda package: "0.0")
+    monkeypatch.setattr(engines, "distributions", lambda name: [])
     assert chosen(net) != first and len(left) == 2
     engines.forget_engines()
     assert chosen(net) != first and left == []
@@ -307,7 +313,7 @@ def test_a_choice_that_cannot_be_read_is_measured_again(kept, net, tmp_path, mon
 
 
 def test_a_result_says_what_made_it(net, other, tmp_path):
-    "JSON, page and SEG name weights by their SHA-256 as they were loaded, also two of one name; the engine's name is one to ask for."
+    "JSON, page, SEG and RTSTRUCT name weights by their SHA-256 as they were loaded, also two of one name; the engine's name is one to ask for."
     pytest.importorskip("highdicom")
     hu, _, affine = patient()
     paths = [tmp_path / fold / "best.pth" for fold in "ab"]
@@ -318,14 +324,15 @@ def test_a_result_says_what_made_it(net, other, tmp_path):
     sums = [file_sha256(path) for path in paths]
     predictor = Predictor(paths, PredictConfig(device="cpu"))
     paths[0].write_bytes(b"another file of that name")
-    out = save_segmentation(predictor(write_series(tmp_path / "ct", hu, affine)), tmp_path / "out", ("seg", "report", "volumes"))
+    out = save_segmentation(predictor(write_series(tmp_path / "ct", hu, affine)), tmp_path / "out", ("seg", "rtstruct", "report", "volumes"))
     made = json.loads((out / "volumes.json").read_text())["made_with"]
     assert (made["checkpoint"], made["sha256"], made["rsna_seg"]) == (["best.pth"] * 2, sums, __version__)
     assert made["precision"] in ("float32", "bfloat16") and made["date"][:10] == f"{datetime.now():%Y-%m-%d}"
     assert Predictor(net, PredictConfig(engine=made["engine"], device="cpu")).engine == predictor.engine
-    page, segments = (out / "report.html").read_text(), pydicom.dcmread(out / "organs.seg.dcm").SegmentSequence
-    for segment in segments:
-        (by,) = segment.SegmentationAlgorithmIdentificationSequence
+    page, seg, rtstruct = (out / "report.html").read_text(), pydicom.dcmread(out / "organs.seg.dcm"), pydicom.dcmread(out / "organs.rtstruct.dcm")
+    identified = [segment.SegmentationAlgorithmIdentificationSequence for segment in seg.SegmentSequence]
+    identified += [roi.ROIDerivationAlgorithmIdentificationSequence for roi in rtstruct.StructureSetROISequence]
+    for (by,) in identified:
         assert (by.AlgorithmName, by.AlgorithmVersion) == ("rsna_seg", __version__)
         for text in (page, by.AlgorithmParameters):
             assert all(word in text for word in (*sums, "best.pth and best.pth", made["engine"], made["precision"], made["date"]))

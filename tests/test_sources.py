@@ -557,6 +557,8 @@ def test_too_few_patients_because_others_cannot_be_read(patients, tmp_path):
     source = kaggle(tmp_path / "k", patients, shorten=1)
     with pytest.raises(DataError, match=r"one patient only.*--valid 0.* Left out: .*911.nii has \(9, 64, 64\) voxels"):
         prepare(source, tmp_path / "data", config=PrepareConfig(**SMALL))
+    with pytest.raises(DataError, match=r"Left out: .*k.zip/segmentations/911.nii has"):
+        prepare(zipped(source, tmp_path / "k.zip"), tmp_path / "zip", config=PrepareConfig(**SMALL))
     (source / "segmentations" / "911.nii").unlink()
     with pytest.raises(DataError, match="one patient only.* Left out of the images, without a partner: 911."):
         prepare(source, tmp_path / "none", config=PrepareConfig(**SMALL))
@@ -589,6 +591,8 @@ def test_scores_from_every_door(patients, tmp_path):
     for paths in doors:
         np.testing.assert_allclose(scores(*paths), expected, rtol=2e-3)
     np.testing.assert_allclose(scores(predicted / "p1" / "organs.nii.gz", true / "labels" / "p1.nii.gz"), expected[:4], rtol=1e-6)
+    flat = shutil.copytree(total / "p1" / "segmentations", tmp_path / "flat")  # the organs of one case
+    assert (scores(flat, total / "p1" / "segmentations")[:, 0] == 1).all()
 
 
 def test_the_same_sentence_from_every_door(tmp_path):

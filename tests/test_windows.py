@@ -110,6 +110,8 @@ def test_prepare_says_what_it_believes(bodies, tmp_path):
     assert data.window.sure == "estimated" and error(data.window, 150, 1300) < 0.25
     assert info["notes"][-1] == data.window.note and "is not known; by soft tissue at grey" in data.window.note
     assert prepare(source, tmp_path / "unknown", config=LIVER).info == info
+    small = prepare(source, tmp_path / "small", config=replace(LIVER, size=64))
+    assert small.window == data.window  # of the source's pictures, not of the shrunk ones
     told = prepare(source, tmp_path / "told", config=replace(LIVER, window_of_png=(150, 1300)))
     assert told.window == (150, 1300, "known", "") and told.info["notes"] == []
     wrong = prepare(source, tmp_path / "wrong", config=replace(LIVER, window_of_png=(50, 400)))
@@ -129,7 +131,7 @@ def test_older_folders(bodies, tmp_path, level, width, known):
     "They said 50/400 where nothing was told, so that only another window was told."
     data = prepare(write_pairs(tmp_path / "source", bodies, level, width), tmp_path / "data", config=LIVER)
     older = {**data.info, "level": float(level), "width": float(width)}
-    del older["window_of_png"]
+    del older["window_of_png"], older["window"]
     (data.folder / "dataset.json").write_text(json.dumps(older))
     assert open_data(data.folder).window[:3] == (level, width, "known" if known else "estimated")
 

@@ -46,7 +46,7 @@ SENTENCES = {
     "hu_scale": "The values, {low} to {high}, are probably no Hounsfield units: {why}; read the"
     " original series with its rescale slope and intercept.",
     "content": "{what}; the network knows adult abdomens, check that this is the right series.",
-    "missing": "{much} {name} was found: it may have been removed, lie outside the scan, or be"
+    "missing": "{much} {name}{ml} was found: it may have been removed, lie outside the scan, or be"
     " missed; look at the scan.",
     "cut_off": "The {name} reaches the edge of the scan ({edges}), so that its {ml:.0f} ml are"
     " those of a part; do not use them as the organ's volume.",
@@ -80,21 +80,23 @@ SUSPECT = tuple(ADVICE)
 
 # %% ../../nbs/anatomy/01_checks.ipynb #7bc929e1
 ENOUGH = 6  # slices of a mask below which nothing is said about order and absence
-_HARDLY_ML = 50
-_SURE_ML, _SURE_VOXELS = 5, 100  # less of an organ says nothing about it
+_HARDLY_ML, _SURE_ML, _SURE_VOXELS = 50, 5, 100  # less of all organs, or of one, says nothing
 
 
 def _sure(organs):
-    "The organs of which enough was found to speak of them."
+    "The organs of which enough was found to speak of their place."
     return organs[(organs.ml >= _SURE_ML) | organs.ml.isna() & (organs.voxels >= _SURE_VOXELS)]
 
 
-def _solid(organs):
-    return organs[[ORGAN[key].solid for key in organs.index]]
+def _found(organs):
+    "The organs of which enough was found to speak of their volume."
+    sure = _sure(organs)
+    little = sure.ml < [ORGAN[key].normal_ml[0] / 4 for key in sure.index]
+    return sure[sure.edges.ne("") | ~little]
 
 
 def _no_organs(organs, slices):
-    solid = _solid(organs)
+    solid = organs[[ORGAN[key].solid for key in organs.index]]
     ml = (solid if len(solid) else organs).ml.sum(skipna=False)
     if organs.voxels.sum() == 0:
         yield _finding("no_organs", what="No organ was found")
@@ -103,19 +105,19 @@ def _no_organs(organs, slices):
 
 
 def _missing(organs):
-    for key, voxels in organs.voxels.drop(_sure(organs).index).items():
-        yield _finding("missing", key, much="Hardly any" if voxels else "No")
+    for key, organ in organs.drop(_found(organs).index).iterrows():
+        ml = f" ({organ.ml:.0f} ml)" if organ.ml > 0 else ""
+        yield _finding("missing", key, much="Hardly any" if organ.voxels else "No", ml=ml)
 
 # %% ../../nbs/anatomy/01_checks.ipynb #c624123d
 def _volumes(organs):
-    for key, organ in organs.iterrows():
+    for key, organ in _found(organs).iterrows():
         low, high = ORGAN[key].normal_ml
         if organ.edges:
             yield _finding("cut_off", key, edges=organ.edges, ml=organ.ml)
         elif organ.ml < low or organ.ml > high:
             source = ORGAN[key].normal_source or "no source"
             yield _finding("volume", key, ml=organ.ml, low=low, high=high, source=source)
-
 
 # %% ../../nbs/anatomy/01_checks.ipynb #259a33fe
 _BEYOND = -0.05  # half widths of the body
@@ -296,12 +298,11 @@ def _some(scan):
 
 def _scale(scan):
     low, high, some, why = int(scan.hu.min()), int(scan.hu.max()), _some(scan), ""
-    soft = np.mean((some > _SOFT_HU[0]) & (some < _SOFT_HU[1]))
     counts, edges = np.histogram(some, np.arange(-1500, _CLIPPED_HU + 1, 25))
     air = int(edges[counts.argmax()]) + 12
     if low > _CLIPPED_HU:
         why = "none is that of air (-1000), as in raw values, pictures and clipped scans"
-    elif soft < 0.05:
+    elif np.mean((some > _SOFT_HU[0]) & (some < _SOFT_HU[1])) < 0.05:
         why = "hardly any is that of soft tissue"
     elif counts.max() > some.size / 10 and abs(air + 1000) > _AIR_HU:
         why = f"air lies at {air} instead of -1000"
@@ -335,7 +336,7 @@ def check_organs(
         return findings
     sure = _sure(organs)
     places = [*_sides(sure), *_order(sure, slices)]
-    return [*_missing(organs), *_volumes(sure), *places, *_fit(organs)]
+    return [*_missing(organs), *_volumes(organs), *places, *_fit(organs)]
 
 # %% ../../nbs/anatomy/01_checks.ipynb #0d546c35
 def check_segmentation(

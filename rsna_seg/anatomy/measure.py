@@ -328,10 +328,9 @@ def measure(
     places = origins + np.outer(sums[4], down) + np.outer(sums[5], across)
     organs = _organ_table(sums, places, body)
     organs["edge"] = [edge_score(*rim) for rim in rims]
-    organs["ml"] = organs.ml if known else np.nan
-    cut = (edges > 0) & (edges >= _CUT * np.cbrt(organs.ml.to_numpy()[:, None]) ** 2)
+    cut = known & (edges > _CUT * np.cbrt(organs.ml.to_numpy()[:, None]) ** 2)
     organs["edges"] = [", ".join(np.array(_EDGES)[names]) for names in cut]
-    return organs.iloc[1:], black
+    return (organs if known else organs.assign(ml=np.nan)).iloc[1:], black
 
 # %% ../../nbs/anatomy/00_measure.ipynb #041ecc2b
 def _slice_origins(scan):

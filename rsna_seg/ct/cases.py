@@ -345,7 +345,7 @@ def _mask_source(folder, config):
     by_organ = any(words(stem(path)) in organs for path in files.values())
     for name, path in files.items():
         case = name.rpartition("/")[0].removesuffix("/segmentations") if by_organ else name
-        masks[case] = (*masks.get(case, ()), path)
+        masks[case or "case"] = (*masks.get(case or "case", ()), path)
     grids = {case: paths[0] for case, paths in masks.items()}
     return masks and _volumes("masks", folder, grids, masks, config, notes, by_organ)
 

@@ -237,7 +237,7 @@ _FLARE22 = [
     "right adrenal gland", "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum",
     "left kidney",
 ]
-_TOTAL = {
+_TOTAL = {  # its other hundred structures are background
     "spleen": 1, "kidney_right": 2, "kidney_left": 3, "gallbladder": 4, "liver": 5, "stomach": 6,
     "pancreas": 7, "adrenal_gland_right": 8, "adrenal_gland_left": 9, "esophagus": 15,
     "small_bowel": 18, "duodenum": 19, "colon": 20, "urinary_bladder": 21, "prostate": 22,
@@ -249,9 +249,7 @@ PRESETS = {
     "rsna": LabelMap(
         "label map rsna", {c.id: c.id for c in CLASSES}, {c.key: c.id for c in CLASSES}
     ),
-    "totalsegmentator": replace(  # its other hundred structures are background
-        named_labels(_TOTAL, "label map totalsegmentator"), others=True
-    ),
+    "totalsegmentator": replace(named_labels(_TOTAL, "label map totalsegmentator"), others=True),
     **{
         which: named_labels(dict(enumerate(names)), f"label map {which}")
         for which, names in {"amos": _AMOS, "btcv": _BTCV, "flare22": _FLARE22}.items()

@@ -208,17 +208,21 @@ def _save(dataset, path):
     return Path(path)
 
 # %% ../../nbs/ct/11_outputs.ipynb #b2eef055
-def _segment(organ, number, record):
-    "The description of a segment."
-    made_by = hd.AlgorithmIdentificationSequence(
+def _made_by(record):
+    "The sequence that identifies the algorithm."
+    return hd.AlgorithmIdentificationSequence(
         name="rsna_seg", version=__version__, family=codes.cid7162.ArtificialIntelligence,
         parameters=record or None,
-    )
+    )  # fmt: skip
+
+
+def _segment(organ, number, record):
+    "The description of a segment."
     segment = hd.seg.SegmentDescription(
         segment_number=number, segment_label=organ.name,
         segmented_property_category=codes.cid7150.AnatomicalStructure,
         segmented_property_type=organ_codes(organ)[0],
-        algorithm_type="AUTOMATIC", algorithm_identification=made_by,
+        algorithm_type="AUTOMATIC", algorithm_identification=_made_by(record),
         display_color=hd.color.CIELabColor.from_string(organ.color),
     )  # fmt: skip
     segment.SegmentedPropertyTypeCodeSequence = [_type_code(organ)]
@@ -340,11 +344,12 @@ def _referenced_series(headers):
     return _item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
 
 # %% ../../nbs/ct/11_outputs.ipynb #90d37036
-def _roi(organ, number, contours, header):
+def _roi(organ, number, contours, header, record):
     "The items of an organ: structure set ROI, ROI contour, RT ROI observation."
     name = _item(
         ROINumber=number, ROIName=organ.name, ROIGenerationAlgorithm="AUTOMATIC",
         ROIGenerationDescription=f"rsna_seg {__version__}",
+        ROIDerivationAlgorithmIdentificationSequence=_made_by(record),
         ReferencedFrameOfReferenceUID=header.FrameOfReferenceUID,
     )  # fmt: skip
     drawing = _item(
@@ -363,6 +368,7 @@ def save_rtstruct(
     scan: Scan,  # read from DICOM
     path: str | Path,  # of the file
     organs: tuple = ALL_ORGANS,  # keys of the organs that were looked for; others are not written
+    record: dict = {},  # words by name: what made the mask
 ) -> Path:
     "Writes a structure set with an ROI for each organ found; raises an `RsnaSegError`."
     seen, sentence = _to_write(mask, scan, organs)
@@ -376,7 +382,7 @@ def save_rtstruct(
             **_described("organs as outlines"),
         )  # fmt: skip
         dataset.copy_patient_and_study_information(first)
-        rois = [_roi(o, n, contours[o.id], first) for n, o in enumerate(seen, 1)]
+        rois = [_roi(o, n, contours[o.id], first, record) for n, o in enumerate(seen, 1)]
         names, drawings, meanings = map(list, zip(*rois))
         dataset.update({
             "OperatorsName": "", "ApprovalStatus": "UNAPPROVED", "PositionReferenceIndicator": "",

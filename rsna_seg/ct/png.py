@@ -9,7 +9,6 @@ __all__ = ['LANDMARKS', 'ENCODINGS', 'png_pixels', 'read_png', 'Window', 'find_l
 # %% ../../nbs/ct/03_png.ipynb #ea674931
 import io
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from itertools import combinations
@@ -28,11 +27,8 @@ from .organs import CLASSES, palette
 from ..files import DataError
 
 # %% ../../nbs/ct/03_png.ipynb #8ea5c803
-def png_pixels(
-    data: bytes,  # of a file
-    path: str | Path,  # of the file, for messages
-) -> np.ndarray:  # as stored: uint8 or uint16, (row, col) or (row, col, colour) with blue first
-    "The pixels of a PNG; raises `DataError` if it is none or is damaged."
+def png_pixels(data: bytes, path: str | Path) -> np.ndarray:  # uint8 or uint16, blue first
+    "The pixels of a PNG; raises `DataError` if the file of that path is none or is damaged."
     pixels = None
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         with suppress(cv2.error):
@@ -163,10 +159,10 @@ def judge_window(
     return Window(level, width, sure, f"The window of these PNGs {notes[sure]}; {how}.")
 
 # %% ../../nbs/ct/03_png.ipynb #31f264d2
-def grey_counts(files: Iterable[Path]) -> np.ndarray:  # (256,)
-    "How many pixels of PNG slices have each grey value; damaged ones are left out."
+def grey_counts(files: list[Path]) -> np.ndarray:  # (256,)
+    "How many pixels of 200 PNG slices or fewer have each grey value; damaged ones are left out."
     counts = np.zeros(256, int)
-    for file in files:
+    for file in files[:: 1 + len(files) // 200]:
         with suppress(DataError):
             counts += np.bincount(read_png(file).ravel(), minlength=256)
     return counts

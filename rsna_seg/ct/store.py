@@ -157,16 +157,18 @@ class SliceData:
     @cached_property
     def grey_counts(self):
         "Pixels of each grey value in 200 slices or fewer, spread evenly, (256,)."
-        names = self.manifest["image"].iloc[:: 1 + len(self.manifest) // 200]
-        return png.grey_counts(self.folder / name for name in names)
+        return png.grey_counts([self.folder / name for name in self.manifest["image"]])
 
     @property
     def window(self) -> png.Window:
         "Of its slices. That of PNG pairs is known if it was given; a note says what is in doubt."
-        info, own = self.info, (self.info.get("level", 50), self.info.get("width", 400))
-        older = None if own == (50, 400) else own  # they said 50/400 if nothing was given
-        given = info.get("window_of_png", older) if info.get("kind") == PNG_PAIRS else own
-        return png.judge_window({} if given is own else png.find_landmarks(self.grey_counts), given)
+        if "window" in self.info:
+            return png.Window(*self.info["window"])
+        window = png.Window(self.info["level"], self.info["width"])  # as older versions have it
+        if self.info.get("kind") != PNG_PAIRS:
+            return window
+        given = None if window[:2] == (50, 400) else window[:2]  # they wrote 50/400 for nothing
+        return png.judge_window(png.find_landmarks(self.grey_counts), given)
 
     def missing(self) -> list[str]:
         "The names of files that the manifest lists and the folder lacks."
@@ -324,14 +326,18 @@ def _write_tables(store, source, skipped, split):
         with whole_file(folder / "skipped.csv") as file:
             pd.DataFrame(skipped, columns=_SKIPPED).to_csv(file, index=False)
     notes = [line for p in parts for line in p.with_suffix(".txt").read_text().splitlines()]
-    unknown = dict.fromkeys(("level", "width")) if source.kind == PNG_PAIRS else {}
+    window, hidden = png.Window(store.settings["level"], store.settings["width"]), {}
+    if source.kind == PNG_PAIRS:
+        counts = png.grey_counts([image for case in source.cases for _, image, _ in case.pairs])
+        landmarks, given = png.find_landmarks(counts), store.settings.get("window_of_png")
+        window, hidden = png.judge_window(landmarks, given), {"level": None, "width": None}
+    notes += [window.note] * bool(window.note)
     info = {
-        "version": 2, **store.settings, **unknown, "kind": source.kind,
+        "version": 2, **store.settings, **hidden, "window": window, "kind": source.kind,
         "labelled": list(source.labelled), "notes": [*source.notes, *notes],
         "patients": int(manifest.patient.nunique()), "slices": len(manifest),
         "fingerprint": hashlib.sha256((folder / "manifest.csv").read_bytes()).hexdigest(),
     }  # fmt: skip
-    info["notes"] += filter(None, [SliceData(folder, manifest, info, None).window.note])
     with whole_file(folder / "dataset.json") as file:
         file.write_text(json.dumps(info, indent=2))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'TorchEngine', 'read_graph', 'graph_inputs', 'OnnxEngine', 'OpenvinoEngine', 'Engine', 'engine_device',
-           'idle_gpu', 'make_engine', 'measure_engine', 'processor', 'race_conditions', 'engine_folder', 'read_speeds',
-           'forget_engines', 'pick_engine', 'logits_to_classes']
+           'idle_gpu', 'make_engine', 'measure_engine', 'processor', 'race_conditions', 'read_speeds', 'forget_engines',
+           'pick_engine', 'logits_to_classes']
 
 # %% ../../nbs/engines/01_engines.ipynb #c089c3e1
 import hashlib
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from timeit import repeat
 
@@ -220,48 +220,38 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(package):
-    with suppress(PackageNotFoundError):
-        return version(package)
-
-
 def race_conditions(
     sha256: str,  # of the checkpoint
     size: int,  # pixels along both sides of the slices
 ) -> dict:
     "The engines that may be the fastest here, and what their speeds depend on."
     libraries = "rsna_seg", "torch", "onnxruntime", "openvino"
+    versions = {name: [d.version for d in distributions(name=name)] for name in libraries}
     names = [
         name for name, engine in ENGINES.items()
         if has_bf16() in engine.tried and not missing_packages(*engine.packages)
     ]  # fmt: skip
     return {
         "checkpoint": sha256, "size": size, "device": "cpu", "processor": processor(),
-        "versions": {name: _version(name) for name in libraries}, "engines": names,
+        "versions": versions, "engines": names,
     }  # fmt: skip
 
 # %% ../../nbs/engines/01_engines.ipynb #e3d4c95b
-def engine_folder() -> Path:
-    "Where choices are kept."
-    return cache_folder() / "engines"
-
-
 def read_speeds(
     path: Path,
-    race: dict,  # from `race_conditions`
+    engines: list[str],  # their names
 ) -> dict:  # slices per second by the engine's name
-    "The speeds that were kept; none if the file is not there, broken or of another race."
+    "The speeds that were kept; none if the file is not there or broken."
     try:
-        kept = json.loads(path.read_text())
-        speeds = {name: float(kept["slices_per_second"][name]) for name in race["engines"]}
-        return speeds if all(kept[key] == race[key] for key in race) else {}
+        kept = json.loads(path.read_text())["slices_per_second"]
+        return {name: float(kept[name]) for name in engines}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 
 def forget_engines():
     "Lets the engines be measured again; raises `OutputError` if a choice cannot be deleted."
-    for path in engine_folder().glob("*.json"):
+    for path in (cache_folder() / "engines").glob("*.json"):
         with writing(path):
             path.unlink(missing_ok=True)
 
@@ -278,12 +268,12 @@ def pick_engine(
     print("".join(f"{note}\n" for note in idle_gpu()), end="", file=sys.stderr)
     race = race_conditions(sha256, size)
     key = hashlib.sha256(json.dumps(race).encode()).hexdigest()[:16]
-    path = engine_folder() / f"{key}.json"
-    speeds = read_speeds(path, race)
+    path = cache_folder() / "engines" / f"{key}.json"
+    speeds = read_speeds(path, race["engines"])
     if not speeds:
         race_one = lambda name: measure_engine(make_engine(name, model, size), size)
         measured = {name: race_one(name) for name in race["engines"]}
-        speeds = read_speeds(path, race) or measured  # another process may have been first
+        speeds = read_speeds(path, race["engines"]) or measured  # another process was first
         with suppress(OSError), whole_file(path) as part:  # without a cache it is measured again
             part.write_text(json.dumps({**race, "slices_per_second": speeds}, indent=2))
     return max(speeds, key=speeds.get), speeds
