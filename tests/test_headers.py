@@ -14,7 +14,7 @@ from pydicom.encaps import encapsulate
 from pydicom.filewriter import write_dataset
 from pydicom.uid import (
     ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL, ImplicitVRLittleEndian,
-    MediaStorageDirectoryStorage, SecondaryCaptureImageStorage, generate_uid,
+    SecondaryCaptureImageStorage, generate_uid,
 )  # fmt: skip
 
 from rsna_seg.anatomy.checks import check_segmentation
@@ -29,7 +29,7 @@ from rsna_seg.ct.phantom import ENCODINGS, write_kaggle, write_mask, write_serie
 from rsna_seg.ct.scan import in_source_order
 from rsna_seg.ct.series import list_series
 from rsna_seg.data import PrepareConfig, prepare
-from rsna_seg.files import DataError, RsnaSegError, ScanError
+from rsna_seg.files import RsnaSegError
 
 SHAPE = (6, 20, 24)  # slices, rows, columns
 

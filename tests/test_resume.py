@@ -28,7 +28,6 @@ from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.files import ConfigError, OutputError
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.model import file_sha256
 from rsna_seg.train import TrainConfig, train
 from rsna_seg.training.loop import Tally
 

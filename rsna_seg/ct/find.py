@@ -24,7 +24,7 @@ from natsort import natsorted, ns
 from tqdm.auto import tqdm
 
 from .nifti import nifti_format
-from ..files import DataError, RsnaSegError, ScanError, whole_file, writing
+from ..files import RsnaSegError, ScanError, whole_file, writing
 
 # %% ../../nbs/ct/07_find.ipynb #d94a635d
 _ENDINGS = {

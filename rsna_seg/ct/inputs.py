@@ -24,7 +24,7 @@ from rsna_seg.ct.find import (
 from .png import find_landmarks, judge_window, read_png
 from .scan import Grid, Scan, hu_doubts, on_grid
 from .series import HELD, chosen_series, ct_series, dicom_series, series_in
-from ..files import ConfigError, DataError, RsnaSegError, ScanError
+from ..files import ConfigError, DataError, ScanError
 
 # %% ../../nbs/ct/09_inputs.ipynb #1baa2098
 SPACES = {"RAS": np.eye(4), "LPS": np.diag([-1.0, -1.0, 1.0, 1.0])}  # from each to RAS

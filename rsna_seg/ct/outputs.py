@@ -15,7 +15,6 @@ import cv2
 import h5py
 import highdicom as hd
 import numpy as np
-import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
