@@ -8,6 +8,7 @@ import contextlib
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rsna_seg.engines.engines
+import rsna_seg.scoring.surfaces
 import rsna_seg.training.loop
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
 from rsna_seg.data import StepSampler
@@ -27,6 +29,7 @@ from rsna_seg.files import ConfigError
 from rsna_seg.finetune import FinetuneConfig
 from rsna_seg.model import SegLoss, as_input, build_model
 from rsna_seg.scoring.metrics import Confusion
+from rsna_seg.scoring.surfaces import SurfaceTally
 from rsna_seg.train import TrainConfig
 from rsna_seg.training.loop import adapt_autocast, add_gradients, make_loop, make_step, start_accelerator, valid_epoch
 from rsna_seg.training.plan import SLICE_GB, fitting_batch, try_batch
@@ -290,3 +293,26 @@ def test_a_smaller_batch_keeps_the_virtual_batch():
     flags = {gb: fitting_batch(FinetuneConfig(), "fp16", gb) for gb in (15.8, 7.9, 1)}
     assert flags == {15.8: "--batch-size 32 --accumulation 2", 7.9: "--batch-size 16 --accumulation 4", 1: "--batch-size 1 --accumulation 64"}
     assert fitting_batch(TrainConfig(batch_size=20, accumulation=3), "no", 9) == "--batch-size 12 --accumulation 5"
+
+
+def test_surfaces_in_other_processes_are_the_same(monkeypatch):
+    "Where a GPU computes the network, they do not keep it waiting."
+    truth, prediction = np.zeros((2, 12, 64, 64), np.uint8)
+    truth[2:9, 10:40, 12:50], prediction[3:10, 12:40, 10:45] = 1, 1
+    truth[4:8, 50:60, 50:60], prediction[4:9, 50:60, 48:60] = 4, 4
+
+    def distances():
+        tally = SurfaceTally((3.0, 0.8, 0.8))
+        for part in np.array_split(np.arange(12), 4):
+            tally.add(prediction[part], truth[part])
+        return tally.distances()
+
+    usual, used = distances(), []
+    executor = rsna_seg.scoring.surfaces.get_reusable_executor
+    monkeypatch.setattr(rsna_seg.scoring.surfaces, "get_reusable_executor", lambda _: used.append(1) or executor(2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    beside = distances()
+    assert len(used) > 10
+    for key, each in usual.items():
+        arrays = zip((*each.edges, each.surfels, each.areas), (*beside[key].edges, beside[key].surfels, beside[key].areas))
+        assert all(np.array_equal(*pair) for pair in arrays)
