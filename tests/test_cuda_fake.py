@@ -25,9 +25,10 @@ import rsna_seg.training.loop
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
 from rsna_seg.data import StepSampler
 from rsna_seg.engines.engines import TorchEngine, idle_gpu, make_engine
+from rsna_seg.engines.slices import on_scan
 from rsna_seg.files import ConfigError
 from rsna_seg.finetune import FinetuneConfig
-from rsna_seg.model import SegLoss, as_input, build_model
+from rsna_seg.model import SegLoss, as_input, build_model, marginal_logits
 from rsna_seg.scoring.metrics import Confusion
 from rsna_seg.scoring.surfaces import SurfaceTally
 from rsna_seg.train import TrainConfig
@@ -85,7 +86,7 @@ class Watched(TorchDispatchMode):
             return 1.0  # a fake tensor has no numbers
         out = operation(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if name in ("aten::_to_copy", "aten::copy_") and given[-1].device != made[0].device:
+        if name in ("aten::_to_copy", "aten::copy_") and given[-1].device != made[0].device and given[-1].ndim:  # a number travels with its kernel
             queued = kwargs.get("non_blocking") or args[-1] is True
             self.copies.append((given[-1].device.type, made[0].device.type, "queued" if queued else "blocking"))
         self._hold(made)
@@ -106,13 +107,13 @@ class Watched(TorchDispatchMode):
         self.held -= nbytes
 
 
-def faked(module, device="cuda"):
+def faked(module, device="cuda", dtype=None):
     "The module with weights that have no numbers."
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
                     tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
     return module
 
@@ -127,11 +128,11 @@ def fake_loop(insert, monkeypatch):
     "A function that makes the loop of a training on an A100."
     network = build_model(encoder_weights="none")
 
-    def make(**settings):
+    def make(labelled=ALL_ORGANS, **settings):
         insert(A100)
         accelerator = start_accelerator()
         accelerator.device_placement = False  # `Module.to` does not know fake tensors
-        loop = make_loop(accelerator, network, SegLoss(), ALL_ORGANS, 1e-3, 100, **settings)
+        loop = make_loop(accelerator, network, SegLoss(labelled=labelled), labelled, 1e-3, 100, **settings)
         loop.scaled = set()
 
         def backward(loss):  # autograd has no thread for a GPU that is not there
@@ -164,9 +165,10 @@ def layers():
     hook.remove()
 
 
-def test_a_step_computes_in_half_precision_and_waits_once(fake_loop):
+@pytest.mark.parametrize("labelled", [ALL_ORGANS, ["liver", "bowel"]])
+def test_a_step_computes_in_half_precision_and_waits_once(fake_loop, labelled):
     "The network in float16 and channels_last, the loss in float32; only the end of a step asks the GPU for a number."
-    loop = fake_loop(clip=1.0)
+    loop = fake_loop(labelled, clip=1.0)
     with layers() as (network, loss_types), Watched() as watched:
         loss, counts = add_gradients(loop, iter(pixels(3)), [0.4, 0.4, 0.2])
     assert network == {HALF} and loss_types == loop.scaled == {torch.float32}
@@ -191,6 +193,30 @@ def test_validation_waits_at_its_end_only(fake_loop, monkeypatch):
         valid_epoch(loop, Loader(pixels(2)))
     assert waited == [] and watched.copies == 4 * [("cpu", "cuda", "queued")]
     assert network == {HALF} and loss_types == {torch.float32}
+
+
+def test_a_prediction_and_its_scores_stay_on_the_card(insert):
+    "In half precision without autocast; nothing waits before the classes are fetched, and the scores are float32."
+    engine = TorchEngine(build_model(encoder_weights="none").eval())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        engine.device, engine.dtype, engine.model = torch.device("cuda:0"), torch.float16, faked(engine.model, dtype=torch.float16)
+        [(images, masks)] = pixels()
+        with layers() as (network, _), Watched() as watched:
+            logits = engine.__call__.__wrapped__(engine, images, (32, 160, 64, 224))
+            shares = marginal_logits(on_scan(logits, (32, 160, 64, 224), SIZE, (200, 180)), ["liver"]).softmax(1)
+            confusion = Confusion(logits.device)
+            confusion.update(shares.argmax(1), torch.empty(BATCH, 200, 180, dtype=torch.uint8, device="cuda"))
+    assert {dtype for dtype, _ in network} == {"torch.float16"} == {str(logits.dtype)} and logits.shape == (BATCH, 6, 128, 160)
+    assert shares.dtype == torch.float32 and shares.shape == (BATCH, 6, 200, 180) and confusion.counts.device.type == "cuda"
+    assert watched.waits == [] and watched.copies == [("cpu", "cuda", "queued")]
+
+
+def test_the_average_of_the_weights_is_adapted_too():
+    "Its layers call themselves, not those of the network that it was copied from."
+    loop = make_loop(start_accelerator("no"), build_model(encoder_weights="none"), SegLoss(), ALL_ORGANS, 1e-3, 10, decay=0.9)
+    for network in (loop.network, loop.judged):
+        assert [block.forward.args[0] is block for block in network.decoder.blocks] == [True] * 5
+    assert loop.network is not loop.judged
 
 
 def test_the_loss_moves_fewer_bytes_than_smps():
