@@ -208,8 +208,10 @@ def marginal_logits(
     merged = [c.id for c in CLASSES if c.key not in known]  # the background among them
     if len(merged) == 1:
         return logits
-    background, logits = logits[:, merged].logsumexp(1), logits.clone()
-    logits[:, merged] = _NEVER
+    planes = [logits[:, i] for i in merged]  # a list as an index would wait for a GPU
+    background, logits = torch.stack(planes).logsumexp(0), logits.clone()
+    for i in merged:
+        logits[:, i] = _NEVER
     logits[:, 0] = background
     return logits
 

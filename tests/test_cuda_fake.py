@@ -8,6 +8,7 @@ import contextlib
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -19,14 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rsna_seg.engines.engines
+import rsna_seg.scoring.surfaces
 import rsna_seg.training.loop
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
 from rsna_seg.data import StepSampler
 from rsna_seg.engines.engines import TorchEngine, idle_gpu, make_engine
+from rsna_seg.engines.slices import on_scan
 from rsna_seg.files import ConfigError
 from rsna_seg.finetune import FinetuneConfig
-from rsna_seg.model import SegLoss, as_input, build_model
+from rsna_seg.model import SegLoss, as_input, build_model, marginal_logits
 from rsna_seg.scoring.metrics import Confusion
+from rsna_seg.scoring.surfaces import SurfaceTally
 from rsna_seg.train import TrainConfig
 from rsna_seg.training.loop import adapt_autocast, add_gradients, make_loop, make_step, start_accelerator, valid_epoch
 from rsna_seg.training.plan import SLICE_GB, fitting_batch, try_batch
@@ -82,7 +86,7 @@ class Watched(TorchDispatchMode):
             return 1.0  # a fake tensor has no numbers
         out = operation(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if name in ("aten::_to_copy", "aten::copy_") and given[-1].device != made[0].device:
+        if name in ("aten::_to_copy", "aten::copy_") and given[-1].device != made[0].device and given[-1].ndim:  # a number travels with its kernel
             queued = kwargs.get("non_blocking") or args[-1] is True
             self.copies.append((given[-1].device.type, made[0].device.type, "queued" if queued else "blocking"))
         self._hold(made)
@@ -103,13 +107,13 @@ class Watched(TorchDispatchMode):
         self.held -= nbytes
 
 
-def faked(module, device="cuda"):
+def faked(module, device="cuda", dtype=None):
     "The module with weights that have no numbers."
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
                     tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
     return module
 
@@ -124,11 +128,11 @@ def fake_loop(insert, monkeypatch):
     "A function that makes the loop of a training on an A100."
     network = build_model(encoder_weights="none")
 
-    def make(**settings):
+    def make(labelled=ALL_ORGANS, **settings):
         insert(A100)
         accelerator = start_accelerator()
         accelerator.device_placement = False  # `Module.to` does not know fake tensors
-        loop = make_loop(accelerator, network, SegLoss(), ALL_ORGANS, 1e-3, 100, **settings)
+        loop = make_loop(accelerator, network, SegLoss(labelled=labelled), labelled, 1e-3, 100, **settings)
         loop.scaled = set()
 
         def backward(loss):  # autograd has no thread for a GPU that is not there
@@ -161,9 +165,10 @@ def layers():
     hook.remove()
 
 
-def test_a_step_computes_in_half_precision_and_waits_once(fake_loop):
+@pytest.mark.parametrize("labelled", [ALL_ORGANS, ["liver", "bowel"]])
+def test_a_step_computes_in_half_precision_and_waits_once(fake_loop, labelled):
     "The network in float16 and channels_last, the loss in float32; only the end of a step asks the GPU for a number."
-    loop = fake_loop(clip=1.0)
+    loop = fake_loop(labelled, clip=1.0)
     with layers() as (network, loss_types), Watched() as watched:
         loss, counts = add_gradients(loop, iter(pixels(3)), [0.4, 0.4, 0.2])
     assert network == {HALF} and loss_types == loop.scaled == {torch.float32}
@@ -188,6 +193,30 @@ def test_validation_waits_at_its_end_only(fake_loop, monkeypatch):
         valid_epoch(loop, Loader(pixels(2)))
     assert waited == [] and watched.copies == 4 * [("cpu", "cuda", "queued")]
     assert network == {HALF} and loss_types == {torch.float32}
+
+
+def test_a_prediction_and_its_scores_stay_on_the_card(insert):
+    "In half precision without autocast; nothing waits before the classes are fetched, and the scores are float32."
+    engine = TorchEngine(build_model(encoder_weights="none").eval())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        engine.device, engine.dtype, engine.model = torch.device("cuda:0"), torch.float16, faked(engine.model, dtype=torch.float16)
+        [(images, masks)] = pixels()
+        with layers() as (network, _), Watched() as watched:
+            logits = engine.__call__.__wrapped__(engine, images, (32, 160, 64, 224))
+            shares = marginal_logits(on_scan(logits, (32, 160, 64, 224), SIZE, (200, 180)), ["liver"]).softmax(1)
+            confusion = Confusion(logits.device)
+            confusion.update(shares.argmax(1), torch.empty(BATCH, 200, 180, dtype=torch.uint8, device="cuda"))
+    assert {dtype for dtype, _ in network} == {"torch.float16"} == {str(logits.dtype)} and logits.shape == (BATCH, 6, 128, 160)
+    assert shares.dtype == torch.float32 and shares.shape == (BATCH, 6, 200, 180) and confusion.counts.device.type == "cuda"
+    assert watched.waits == [] and watched.copies == [("cpu", "cuda", "queued")]
+
+
+def test_the_average_of_the_weights_is_adapted_too():
+    "Its layers call themselves, not those of the network that it was copied from."
+    loop = make_loop(start_accelerator("no"), build_model(encoder_weights="none"), SegLoss(), ALL_ORGANS, 1e-3, 10, decay=0.9)
+    for network in (loop.network, loop.judged):
+        assert [block.forward.args[0] is block for block in network.decoder.blocks] == [True] * 5
+    assert loop.network is not loop.judged
 
 
 def test_the_loss_moves_fewer_bytes_than_smps():
@@ -290,3 +319,26 @@ def test_a_smaller_batch_keeps_the_virtual_batch():
     flags = {gb: fitting_batch(FinetuneConfig(), "fp16", gb) for gb in (15.8, 7.9, 1)}
     assert flags == {15.8: "--batch-size 32 --accumulation 2", 7.9: "--batch-size 16 --accumulation 4", 1: "--batch-size 1 --accumulation 64"}
     assert fitting_batch(TrainConfig(batch_size=20, accumulation=3), "no", 9) == "--batch-size 12 --accumulation 5"
+
+
+def test_surfaces_in_other_processes_are_the_same(monkeypatch):
+    "Where a GPU computes the network, they do not keep it waiting."
+    truth, prediction = np.zeros((2, 12, 64, 64), np.uint8)
+    truth[2:9, 10:40, 12:50], prediction[3:10, 12:40, 10:45] = 1, 1
+    truth[4:8, 50:60, 50:60], prediction[4:9, 50:60, 48:60] = 4, 4
+
+    def distances():
+        tally = SurfaceTally((3.0, 0.8, 0.8))
+        for part in np.array_split(np.arange(12), 4):
+            tally.add(prediction[part], truth[part])
+        return tally.distances()
+
+    usual, used = distances(), []
+    executor = rsna_seg.scoring.surfaces.get_reusable_executor
+    monkeypatch.setattr(rsna_seg.scoring.surfaces, "get_reusable_executor", lambda _: used.append(1) or executor(2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    beside = distances()
+    assert len(used) > 10
+    for key, each in usual.items():
+        arrays = zip((*each.edges, each.surfels, each.areas), (*beside[key].edges, beside[key].surfels, beside[key].areas))
+        assert all(np.array_equal(*pair) for pair in arrays)

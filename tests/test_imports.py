@@ -69,6 +69,15 @@ def test_modules_stay_small():
     assert [line for text in cells for line in text.splitlines() if len(line) > 100] == []
 
 
+@pytest.mark.parametrize("module", FILES)
+def test_python_3_10_can_read_it(module):
+    "`a[:, *b]` came with 3.11; in brackets of its own it is older."
+    text = FILES[module].read_text()
+    indices = [n.slice for n in ast.walk(ast.parse(text, feature_version=(3, 10))) if isinstance(n, ast.Subscript)]
+    starred = [n for n in indices if isinstance(n, ast.Tuple) and any(isinstance(e, ast.Starred) for e in n.elts)]
+    assert [ast.unparse(n) for n in starred if not ast.get_source_segment(text, n).startswith("(")] == []
+
+
 def test_the_package_stays_small():
     total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
     assert total <= 13_300

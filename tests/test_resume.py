@@ -376,6 +376,7 @@ def test_a_resumed_run_asks_for_no_weights(folder, tmp_path, tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(nn.Sequential, "model", None, raising=False)  # where the U-Net's encoder has its weights
     monkeypatch.setattr(rsna_seg.model, "_load_weights", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(rsna_seg.model, "_read_tensors", lambda *_: {})
     monkeypatch.setattr(rsna_seg.model, "imagenet_file", lambda: asked.append(2))
     config = replace(FIRST, encoder_weights="imagenet")
     stopped(lambda: train(folder / "data", tmp_path, config), after=2)
@@ -392,7 +393,7 @@ def test_any_number_of_workers_gives_the_same_weights(folder, tmp_path, tiny, mo
         started.append(len(getattr(epoch, "_workers", [])))
         return epoch
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr(rsna_seg.data, "cpu_count", lambda: 4)
     monkeypatch.setattr(rsna_seg.data.DataLoader, "__iter__", begin_epoch)
     for workers in (0, 2, 4):
         started.clear()

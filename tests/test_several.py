@@ -228,6 +228,13 @@ def test_one_process_speaks(resumed, place):
     assert other == ["", ""]
 
 
+def test_two_processes_end_in_time_at_the_same_step(place):
+    process = two("-m", "rsna_seg.app.cli", "train", place / "png", place / "timed", *FLAGS, "--max-hours", 1e-9)
+    said, complaints = end(process, 200)
+    assert process.returncode == 0 and said.count("time is up; to go on: rsna_seg train ") == 1, complaints
+    assert state_of(place / "timed")["tally"]["step"] == 1
+
+
 def test_one_process_goes_on_for_two(killed, found, place):
     run = train(place / "png", place / "fewer", several.PLAIN)
     whole = pd.read_csv(place / "whole" / "history.csv")

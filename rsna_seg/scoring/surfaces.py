@@ -7,8 +7,12 @@ __all__ = ['SurfaceTally', 'tolerances']
 
 # %% ../../nbs/scoring/01_surfaces.ipynb #ae7eb25e
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import numpy as np
+import torch
+from joblib import cpu_count
+from joblib.externals.loky import get_reusable_executor
 from scipy.ndimage import binary_erosion, correlate
 from scipy.spatial import KDTree
 from surface_distance import lookup_tables
@@ -28,12 +32,16 @@ def _outline(mask, spacing):
     return np.argwhere(edge), np.argwhere(mixed), areas[pattern[mixed]].astype(np.float32)
 
 # %% ../../nbs/scoring/01_surfaces.ipynb #188133e3
-def _slab_points(slab, first, seen, spacing):
-    "The outlines in a padded slab (z, row, col) that begins at slice `first`; the old part is cut."
+def _cropped(slab, first):
+    "The part of a padded slab (z, row, col) with the organ, and its place; slice `first` begins."
     rows, cols = (np.flatnonzero(slab.any(axis)) for axis in ((0, 2), (0, 1)))
-    box = slice(rows[0] - 1, rows[-1] + 2), slice(cols[0] - 1, cols[-1] + 2)
-    corner = np.array([first, box[0].start - 1, box[1].start - 1])
-    edge, surfels, areas = _outline(np.ascontiguousarray(slab[:, *box]), spacing)
+    part = slab[:, rows[0] - 1 : rows[-1] + 2, cols[0] - 1 : cols[-1] + 2]
+    return np.ascontiguousarray(part), np.array([first, rows[0] - 2, cols[0] - 2])
+
+
+def _slab_points(slab, corner, seen, spacing):
+    "The outlines in a slab that begins at `corner`; the old part is cut."
+    edge, surfels, areas = _outline(slab, spacing)
     whole = (edge[:, 0] >= 1) & (edge[:, 0] <= len(slab) - 2)  # both neighbours are in the slab
     new = surfels[:, 0] >= seen
     places = [(points + corner).astype(np.int16) for points in (edge[whole], surfels[new])]
@@ -50,7 +58,8 @@ def _nearest(points, others):
 def _outline_mm(slabs, z, spacing):
     "Edge voxels and surfels of all slabs in mm, (points, 3), and the surfels' areas."
     nothing = np.zeros((0, 3), np.int16), np.zeros((0, 3), np.int16), np.zeros(0, np.float32)
-    edge, surfels, areas = map(np.concatenate, zip(*(slabs or [nothing])))
+    slabs = [begun.result() for begun in slabs] or [nothing]
+    edge, surfels, areas = map(np.concatenate, zip(*slabs))
 
     def mm(places, half):  # surfels lie between the voxels
         along = np.interp(places[:, 0] + (1 + half), np.arange(len(z)), z)
@@ -69,6 +78,15 @@ def _organ_distances(predicted_slabs, true_slabs, z, spacing):
     return Distances(ways, np.concatenate(both), np.concatenate([areas, true_areas]))
 
 # %% ../../nbs/scoring/01_surfaces.ipynb #312835b0
+def _begin(function, *words):
+    "Computes it in another process where a GPU would have to wait; a future."
+    if torch.cuda.is_available():
+        return get_reusable_executor(cpu_count()).submit(function, *words)
+    done = Future()
+    done.set_result(function(*words))
+    return done
+
+
 class SurfaceTally:
     "The outlines of all organs in one volume, of which slabs are given from one end to the other."
 
@@ -91,7 +109,8 @@ class SurfaceTally:
         for mask, points in zip(slab, (0, 1)):
             for organ in np.flatnonzero(np.bincount(mask.ravel())[1:]) + 1:
                 padded = np.pad(mask == organ, ((0, 0), (1, 1), (1, 1)))
-                self.points[organ][points].append(_slab_points(padded, first, seen, self.spacing))
+                words = *_cropped(padded, first), seen, self.spacing
+                self.points[organ][points].append(_begin(_slab_points, *words))
         self.slices, self.tail = self.slices + len(truth), slab[:, -2:].copy()
 
     def distances(
