@@ -146,8 +146,12 @@ def test_other_weights_are_done_anew(job, scans, read, net, tmp_path):
 def test_a_scan_that_is_being_made_anew_is_not_done(job, scans, read, monkeypatch):
     "Stopped while its files are written for other settings, it is none of the first settings' either."
     predict_many(job, scans / "ann.nii")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(many, "save_segmentation", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(many, "save_segmentation", stop)
         with pytest.raises(KeyboardInterrupt):
             predict_many(replace(job, config=PredictConfig("torch", crop=False)), scans / "ann.nii")
     predict_many(job, scans / "ann.nii")

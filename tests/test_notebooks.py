@@ -1,13 +1,16 @@
 "Each notebook runs from top to bottom, in a process of its own, as `nbdev_test` runs it."
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from nbdev.test import nbdev_test
+from server import SERVER
 
 TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
@@ -16,18 +19,35 @@ NOTEBOOKS = sorted(
 )  # fmt: skip
 
 
-def nbdev_test(notebook, top):
-    "The finished process. On failure its stderr names notebook and cell (from 1), and the line."
-    code = f"from nbdev.test import nbdev_test; nbdev_test(path={str(notebook)!r})"
-    command = [sys.executable, "-c", code]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=top, env=env, capture_output=True, text=True, timeout=600)
+def _run(notebook, top, log):
+    "In the process: the notebook, with all that it and its own processes print in the file."
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.chdir(top)
+    warnings.simplefilter("ignore")
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that no server forked
+    nbdev_test(path=str(notebook))
+
+
+def run(notebook, top, log):
+    "Exit code, and what was printed: on failure notebook, cell (from 1) and line."
+    process = SERVER.Process(target=_run, args=(notebook, top, log))
+    process.start()
+    process.join(600)
+    process.kill()
+    process.join()
+    return process.exitcode, log.read_text()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
-def test_notebook(name):
-    done = nbdev_test(name, TOP)
-    assert done.returncode == 0, done.stderr
+def test_notebook(name, tmp_path):
+    code, printed = run(name, TOP, tmp_path / "log")
+    assert code == 0, printed
 
 
 def test_a_failure_names_notebook_cell_and_line(tmp_path):
@@ -38,7 +58,7 @@ def test_a_failure_names_notebook_cell_and_line(tmp_path):
     cells = [{**cell, "id": str(i), "source": source} for i, source in enumerate(sources)]
     notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "nbs" / "room" / "broken.ipynb").write_text(json.dumps(notebook))
-    done = nbdev_test("nbs/room/broken.ipynb", tmp_path)
-    assert done.returncode == 1
+    code, printed = run("nbs/room/broken.ipynb", tmp_path, tmp_path / "log")
+    assert code == 1
     for part in ("AssertionError", "nbs/room/broken.ipynb", "Cell #2", "line 2", "more == 5"):
-        assert part in done.stderr
+        assert part in printed

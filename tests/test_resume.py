@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from server import SERVER
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -79,11 +80,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# Runs in processes of their own, which a server forks: torch is imported once
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "rsna_seg.app.cli", "rsna_seg.finetune", "rsna_seg.ct.phantom"])
-
+# Runs in processes of their own
 
 def _work(pipe, network, stop_at, start, words):
     "In the process: the run, with a word through the pipe after each step; it kills itself beside the replacement of one file."
