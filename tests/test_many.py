@@ -1,6 +1,5 @@
 "Many scans: each in a folder of its own, none twice, and what failed is told while the others go on."
 
-import os
 import signal
 import subprocess
 import sys
