@@ -254,11 +254,11 @@ def train_epoch(
         slices = min(sampler.virtual_batch, sampler.slices - tally.step * sampler.virtual_batch)
         tally.add(make_step(loop, loss, before), loss, counts, slices)
         if loop.skipped >= loop.most_skipped:
-            other = " or --mixed-precision bf16" if loop.accelerator.scaler and has_bf16("cuda") else ""
+            bf16 = " or --mixed-precision bf16" * bool(loop.accelerator.scaler and has_bf16("cuda"))
             raise TrainingError(
                 f"Loss or gradient was not finite in {loop.skipped} steps in a row, the last of"
                 f" them step {tally.step} of its epoch: the training has diverged."
-                f" Try a lower --lr or --clip 1{other}."
+                f" Try a lower --lr or --clip 1{bf16}."
             )
         yield slices, loss.item()
     sampler.start, cudnn.benchmark = 0, False
