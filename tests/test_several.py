@@ -90,7 +90,7 @@ def same_run(one, other):
         all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
         and all(torch.equal(a[key], b[key]) for a, b in moments for key in ("exp_avg", "exp_avg_sq"))
         and histories[0].equals(histories[1])
-        and (one / "best_model_512.pth").read_bytes() == (other / "best_model_512.pth").read_bytes()
+        and all(torch.equal(a, b) for a, b in zip(*(torch.load(run / "best_model_512.pth", weights_only=True).values() for run in (one, other))))
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -35,7 +36,7 @@ def start_accelerator(
 ) -> Accelerator:
     "Device, precision and processes; raises `ConfigError` for a precision that the device lacks."
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before may differ
-    device = PartialState().device
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     gpu = device.type == "cuda"
     if precision == "fp16" and not gpu:
         raise ConfigError("fp16 needs a GPU; use --mixed-precision auto.")
@@ -253,12 +254,11 @@ def train_epoch(
         slices = min(sampler.virtual_batch, sampler.slices - tally.step * sampler.virtual_batch)
         tally.add(make_step(loop, loss, before), loss, counts, slices)
         if loop.skipped >= loop.most_skipped:
-            fp16, device = loop.accelerator.mixed_precision == "fp16", loop.accelerator.device
-            other = " or --mixed-precision bf16" if fp16 and has_bf16(device) else ""
+            bf16 = " or --mixed-precision bf16" * bool(loop.accelerator.scaler and has_bf16("cuda"))
             raise TrainingError(
                 f"Loss or gradient was not finite in {loop.skipped} steps in a row, the last of"
                 f" them step {tally.step} of its epoch: the training has diverged."
-                f" Try a lower --lr or --clip 1{other}."
+                f" Try a lower --lr or --clip 1{bf16}."
             )
         yield slices, loss.item()
     sampler.start, cudnn.benchmark = 0, False
