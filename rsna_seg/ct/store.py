@@ -24,7 +24,7 @@ from . import png
 from .cases import PngCase, ScanCase, Source, case_name
 from .dicom import read_scan
 from .find import PNG_PAIRS
-from .organs import CLASSES, ORGANS, only
+from .organs import CLASSES, ORGAN, ORGANS, only
 from .scan import to_square, window
 from ..files import DataError, OutputError, RsnaSegError, whole_file, writing
 
@@ -186,7 +186,7 @@ class SliceData:
         "Of each split the patients, series, slices, and slices with each organ."
         table = self.manifest.groupby("split")[["patient", "series", "image"]].nunique()
         shown = (self.manifest[self.info["labelled"]] > 0).groupby(self.manifest.split).sum()
-        names = "patients", "series", "slices", *(f"slices with {name}" for name in shown)
+        names = "patients", "series", "slices", *(f"slices with {ORGAN[key].name.lower()}" for key in shown)
         return table.join(shown).set_axis(names, axis=1)
 
     def _repr_html_(self):
