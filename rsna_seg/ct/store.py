@@ -186,8 +186,8 @@ class SliceData:
         "Of each split the patients, series, slices, and slices with each organ."
         table = self.manifest.groupby("split")[["patient", "series", "image"]].nunique()
         shown = (self.manifest[self.info["labelled"]] > 0).groupby(self.manifest.split).sum()
-        names = "patients", "series", "slices", *(f"slices with {ORGAN[key].name.lower()}" for key in shown)
-        return table.join(shown).set_axis(names, axis=1)
+        organs = [f"slices with {ORGAN[key].name.lower()}" for key in shown]
+        return table.join(shown).set_axis(["patients", "series", "slices", *organs], axis=1)
 
     def _repr_html_(self):
         return self.splits.to_html()
