@@ -245,7 +245,8 @@ def _train_one(loop, loader, tally, bar, config, save, begun):
         now = time.perf_counter()
         tally.seconds += now - start
         score = mean_organs(dice(tally.matrix(loop.criterion.labelled)))
-        bar.set_postfix_str(f"loss={loss:.3f}, dice={score:.3f}", refresh=False)
+        numbers = f"loss={loss:.3f}, dice={score:.3f}".replace("=nan", "=–")
+        bar.set_postfix_str(numbers, refresh=False)
         bar.update(slices)
         if now - saved >= 60 * config.save_minutes:
             save(tally)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import binary_fill_holes, label
 
-from rsna_seg.anatomy.measure import midline
+from rsna_seg.anatomy.measure import midline, pieces
 from rsna_seg.anatomy.repair import PostprocessConfig, postprocess
 from rsna_seg.ct.dicom import read_scan
 from rsna_seg.ct.nifti import read_mask
@@ -61,6 +61,16 @@ def test_all_off_changes_nothing(mask):
     after, table = postprocess(mask, body((6, 12, 14), 7))
     np.testing.assert_array_equal(after, mask)
     assert len(table) == 0 and after is mask
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1), (1, 7, 1), (1, 1, 7), (1, 1, 1), (1, 4, 4)])
+def test_pieces_of_a_line_of_voxels(shape):
+    inside = np.ones(shape, bool)
+    inside.flat[1::2] = False
+    labels, count = pieces(inside)
+    theirs, number = label(inside, np.ones((3, 3, 3)))
+    assert count == number
+    np.testing.assert_array_equal(labels, theirs)
 
 
 @given(masks, st.floats(0, 3), st.floats(0, 1))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cc3d
 import cv2
 import numpy as np
 import pandas as pd
@@ -125,9 +126,9 @@ def pieces(
     inside: np.ndarray,  # bool, (z, row, col)
 ) -> tuple[np.ndarray, int]:  # number of each voxel's piece from 1, 0 outside; how many there are
     "The connected pieces of a binary volume; faces, edges and corners connect."
-    import cc3d
-
-    return cc3d.connected_components(inside, connectivity=26, binary_image=True, return_N=True)
+    room = np.pad(inside, [(0, 0), (0, 1), (0, 1)])  # cc3d 4.1 refuses a line of voxels
+    labels, count = cc3d.connected_components(room, connectivity=26, return_N=True)
+    return labels[:, :-1, :-1], count
 
 # %% ../../nbs/anatomy/00_measure.ipynb #ec518d82
 def organ_boxes(
