@@ -245,8 +245,7 @@ def _train_one(loop, loader, tally, bar, config, save, begun):
         now = time.perf_counter()
         tally.seconds += now - start
         score = mean_organs(dice(tally.matrix(loop.criterion.labelled)))
-        numbers = f"loss={loss:.3f}, dice={score:.3f}".replace("=nan", "=–")
-        bar.set_postfix_str(numbers, refresh=False)
+        bar.set_postfix_str(f"loss={loss:.3f}, dice={score:.3f}".replace("nan", "–"), refresh=False)
         bar.update(slices)
         if now - saved >= 60 * config.save_minutes:
             save(tally)
