@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 from nbdev.test import nbdev_test
 from server import SERVER
 
@@ -31,7 +32,10 @@ def _run(notebook, top, log):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that no server forked
-    nbdev_test(path=str(notebook))
+    try:
+        nbdev_test(path=str(notebook))
+    finally:
+        get_reusable_executor().shutdown(kill_workers=True)  # else this process waits for idle ones
 
 
 def run(notebook, top, log):
