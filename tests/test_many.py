@@ -173,7 +173,7 @@ def test_the_jobs_of_a_machine_share_out_its_gpus(monkeypatch, job, scans, capsy
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     names = joblib.Parallel(3)(joblib.delayed(_name_of_process)() for _ in range(6))
     numbers = {name.rpartition("-")[2] for name in names}
-    assert len(numbers) > 1 and all(map(str.isdigit, numbers))
+    assert numbers and all(map(str.isdigit, numbers))  # one process may have been quick enough for all
     for number in ("1", "2", "3"):
         monkeypatch.setattr(many.current_process(), "name", f"LokyProcess-{number}")
         assert many.own_device(PredictConfig()).device == f"cuda:{int(number) % 2}"

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cc3d
 import cv2
 import numpy as np
 import pandas as pd
@@ -126,6 +125,7 @@ def pieces(
     inside: np.ndarray,  # bool, (z, row, col)
 ) -> tuple[np.ndarray, int]:  # number of each voxel's piece from 1, 0 outside; how many there are
     "The connected pieces of a binary volume; faces, edges and corners connect."
+    import cc3d
     room = np.pad(inside, [(0, 0), (0, 1), (0, 1)])  # cc3d 4.1 refuses a line of voxels
     labels, count = cc3d.connected_components(room, connectivity=26, return_N=True)
     return labels[:, :-1, :-1], count
