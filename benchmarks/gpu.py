@@ -266,13 +266,13 @@ def check_waits(work, data):
 
 
 class Timed:
-    "A loader that notes how long its batches are waited for, after the first."
+    "A loader that notes how long its batches are waited for, after the first of an epoch."
 
     def __init__(self, loader):
         self.loader, self.batch_sampler, self.waited = loader, loader.batch_sampler, 0.0
 
     def __iter__(self):
-        batches = iter(self.loader)
+        batches, self.waited = iter(self.loader), 0.0
         yield next(batches)
         asked = time.perf_counter()
         for batch in batches:
@@ -297,6 +297,7 @@ class Plain(Dataset):
 
 
 def repeated(dataset, count):
+    "So many slices of the dataset, from the beginning again where it has fewer."
     return Subset(dataset, [i % len(dataset) for i in range(count)])
 
 
@@ -318,7 +319,7 @@ def our_epoch(work, data, count):
     list(train_epoch(loop, loader, Tally()))  # workers start, kernels are found
     if work.gpu:
         torch.cuda.reset_peak_memory_stats()
-    loader.waited, start = 0.0, time.perf_counter()
+    start = time.perf_counter()
     speed = rate(work, lambda: list(train_epoch(loop, loader, Tally())), count)
     memory = torch.cuda.max_memory_allocated() / GB if work.gpu else 0.0
     return speed, loader.waited / (time.perf_counter() - start), memory, loop

@@ -15,10 +15,11 @@ import albumentations as A
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from gpu import Timed, repeated
 from limits import gflop_of_a_slice, products
 from loading import TutorialDataset
 from rounds import arguments, report, speeds, summary
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from rsna_seg.augment import Augment
 from rsna_seg.ct.organs import ALL_ORGANS, CLASSES
@@ -39,31 +40,10 @@ OURS = "rsna_seg, float32" if PRECISION == "no" else f"rsna_seg, {PRECISION}"
 OURS32, USUAL = "rsna_seg, float32", "the usual loop, float32"
 
 
-class Timed:
-    "A loader that notes how long its batches are waited for, after the first of an epoch."
-
-    def __init__(self, loader):
-        self.loader, self.batch_sampler, self.waited = loader, loader.batch_sampler, 0.0
-
-    def __iter__(self):
-        batches, self.waited = iter(self.loader), 0.0
-        yield next(batches)
-        asked = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
-
-
 def first_weights():
     "The weights that all begin with."
     torch.manual_seed(0)
     return build_model(encoder_weights="none").state_dict()
-
-
-def repeated(dataset, slices):
-    "So many slices of the dataset, from the beginning again where it has fewer."
-    return Subset(dataset, [i % len(dataset) for i in range(slices)])
 
 
 def ours(data, precision, slices, accumulation, augment):

@@ -105,7 +105,7 @@ def read_stored(path: Path):
         stored._metadata = {CARD: json.loads((file.metadata() or {}).get(CARD, "null"))}
     return stored
 
-
+# %% ../nbs/02_model.ipynb #181b7ea1
 def _read_tensors(path):
     "The tensors in a file by name; raises `ConfigError`."
     best = "such as best_model_512.pth"
