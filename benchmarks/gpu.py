@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -604,7 +605,9 @@ def check_several(work, data):
         words = [*command, script, data.folder, out, work.size, *(["notebook"] if name == "notebook" else [])]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=180)
         if done.returncode:
-            findings.append(Finding(f"training by {name}", done.stderr.strip().splitlines()[-1:], "no error", False))
+            lines = done.stderr.strip().splitlines()
+            errors = [line for line in lines if re.search(r"Error\b|Signal|exitcode", line)] or lines
+            findings.append(Finding(f"training by {name}", errors[-5:], "no error", False))
             continue
         losses[name] = pd.read_csv(out / "history.csv").train_loss
     if "one" in losses:

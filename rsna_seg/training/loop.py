@@ -8,6 +8,7 @@ __all__ = ['start_accelerator', 'rising_decay', 'adapt_autocast', 'Loop', 'share
            'load_state']
 
 # %% ../../nbs/training/00_loop.ipynb #9f5aa833
+import atexit
 import math
 import os
 import sys
@@ -51,6 +52,8 @@ def start_accelerator(
         keep_memory()
     elif gpu:
         torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if accelerator.num_processes > 1:
+        atexit.register(PartialState().destroy_process_group)  # else the last to end may abort
     return accelerator
 
 # %% ../../nbs/training/00_loop.ipynb #5ca60734
