@@ -65,23 +65,19 @@ def writing(path: str | Path):
 # %% ../nbs/files.ipynb #ceee6be6
 def check_folder(
     out: str | Path,  # the folder for results; it need not exist
-    *own: str,  # patterns of files and folders by which results of an earlier run are known
+    *own: str,  # patterns of files by which results of an earlier run are known; none: any may be
 ):
     "Raises `OutputError` if the folder cannot be written to, or holds files of something else."
     out = Path(out).absolute()
     try:
-        parent = next(path for path in (out, *out.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=parent):
-            files = (path for path in out.rglob("*") if not path.name.startswith("."))
-            foreign = any(path.is_file() for path in files) and own
+        with tempfile.TemporaryFile(dir=next(p for p in (out, *out.parents) if p.exists())):
+            files = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
     except OSError as error:
         why = error.strerror or error
         raise OutputError(f"{out} cannot be written to ({why}); choose another folder.") from error
-    if foreign and not any(any(out.glob(pattern)) for pattern in own):
-        raise OutputError(
-            f"{out} holds files, and none that rsna_seg writes there;"
-            f" choose a new folder, such as {out / 'rsna_seg'}."
-        )
+    if own and files and not any(any(out.glob(pattern)) for pattern in own):
+        what = f"{out} holds files, and none that this command writes there"
+        raise OutputError(f"{what}; choose a new folder, such as {out / 'rsna_seg'}.")
 
 # %% ../nbs/files.ipynb #5e11750f
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 "What a person, a pipe and a program get from the command line, and how soon."
 
+import fcntl
 import json
 import os
 import pty
@@ -8,7 +9,9 @@ import resource
 import shlex
 import shutil
 import subprocess
+import struct
 import sys
+import termios
 
 import pytest
 from command import rsna_seg
@@ -24,6 +27,7 @@ COMMAND = [sys.executable, "-m", "rsna_seg"]
 def in_a_terminal(*words, **env):
     "What a terminal of 80 columns is sent, and the exit code."
     main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", **env}
     env.pop("TQDM_DISABLE", None)
     process = subprocess.Popen([*COMMAND, *map(str, words)], stdout=other, stderr=other, env=env)
@@ -63,7 +67,7 @@ def test_help_needs_no_library_and_says_the_same_without_them():
     for name, text in zip(texts[::2], texts[1::2]):
         assert text.translate(boxes) == rsna_seg(name, "--help").stdout.translate(boxes)
         assert "default: )" not in text and "{None}" not in text
-        assert text.count(f"\n  rsna_seg {name}") == 2
+        assert text.count(f"\n  rsna_seg {name}") == len(EXAMPLES[name]) == 2
 
 
 @pytest.mark.parametrize("words, says", [(["train", "--help"], "usage"), (["train", "x"], "OUT")])
@@ -78,10 +82,8 @@ def test_help_and_mistakes_within_a_second(words, says):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_can_be_typed(name):
-    for example in EXAMPLES[name]:
-        program, command, *words = shlex.split(example.partition(">")[0])
-        assert (program, command) == ("rsna_seg", name)
-        commands.parse(name, words)
+    for words in EXAMPLES[name]:
+        commands.parse(name, shlex.split(words.partition(">")[0]))
 
 
 def test_a_mistyped_command_gets_the_nearest():
@@ -182,6 +184,6 @@ def test_completion(tmp_path):
 
 def test_info_as_a_program_reads_it():
     info = json.loads(rsna_seg("info", "--size", 64, "--json").stdout)
-    assert {"rsna_seg", "python", "torch"} <= set(info["versions"])
+    assert {"rsna_seg", "Python", "torch"} <= set(info["versions"])
     assert sum("slices/s" in text for text in info["engines"].values()) >= 1
-    assert info["devices"]["cpu"]["cores"] == os.cpu_count()
+    assert f"{os.cpu_count()} cores" in info["devices"]["cpu"]

@@ -6,9 +6,11 @@
 __all__ = ['COMMANDS', 'EXAMPLES', 'usage', 'main']
 
 # %% ../../nbs/app/00_cli.ipynb #1734ef71
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -31,46 +33,19 @@ COMMANDS = {
 }
 
 # %% ../../nbs/app/00_cli.ipynb #730a9ca3
-EXAMPLES = {
-    "demo": ("rsna_seg demo", "rsna_seg demo --out /tmp/demo --patients 6 --epochs 3"),
-    "prepare": (
-        "rsna_seg prepare rsna-2023-abdominal-trauma-detection data",
-        "rsna_seg prepare ct.nii.gz data --mask organs.nii.gz --valid 0",
-    ),
-    "inspect": ("rsna_seg inspect data", "rsna_seg inspect data --out quality --jobs 4"),
-    "train": (
-        "rsna_seg train data runs/first --dry-run",
-        "rsna_seg train data runs/first --batch-size 16 --accumulation 32 --max-hours 11",
-    ),
-    "finetune": (
-        "rsna_seg finetune runs/first/best_model_512.pth data runs/refined",
-        "rsna_seg finetune model.pth data runs/refined --lr 1e-5 --epochs 5",
-    ),
-    "evaluate": (
-        "rsna_seg evaluate runs/refined data report",
-        "rsna_seg evaluate model.pth scans report --mask masks --tolerance liver=3 bowel=4",
-    ),
-    "score": (
-        "rsna_seg score predicted truth report",
-        "rsna_seg score predicted truth report --predicted-labels totalsegmentator --json",
-    ),
-    "compare": (
-        "rsna_seg compare report-a report-b comparison",
-        "rsna_seg compare report-a report-b comparison --names before after",
-    ),
-    "predict": (
-        "rsna_seg predict model.pth dicom-folder organs",
-        "rsna_seg predict model.pth scans organs --outputs nifti seg report --jobs 4",
-    ),
-    "export": (
-        "rsna_seg export model.pth exported --formats onnx",
-        "rsna_seg export model.pth exported --formats huggingface --push OWNER/NAME",
-    ),
-    "info": ("rsna_seg info", "rsna_seg info --json > info.json"),
-    "completion": (
-        "rsna_seg completion bash > ~/.local/share/bash-completion/completions/rsna_seg",
-        "rsna_seg completion fish > ~/.config/fish/completions/rsna_seg.fish",
-    ),
+EXAMPLES = {  # each two, without `rsna_seg COMMAND`
+    "demo": ("", "--out /tmp/demo --patients 6 --epochs 3"),
+    "prepare": ("rsna-2023 data", "ct.nii.gz data --mask organs.nii.gz --valid 0"),
+    "inspect": ("data", "data --out quality --jobs 4"),
+    "train": ("data runs/first --dry-run", "data runs/first --batch-size 16 --accumulation 32"),
+    "finetune": ("runs/a/best_model_512.pth data runs/b", "a.pth data runs/b --lr 1e-5 --epochs 5"),
+    "evaluate": ("runs/b data report", "b.pth scans report --mask masks --tolerance liver=3"),
+    "score": ("predicted truth report", "predicted truth report --labels totalsegmentator --json"),
+    "compare": ("report-a report-b both", "report-a report-b both --names before after"),
+    "predict": ("b.pth dicom-folder organs", "b.pth scans organs --outputs seg report --jobs 4"),
+    "export": ("b.pth exported --formats onnx", "b.pth exported --push OWNER/NAME"),
+    "info": ("", "--json > info.json"),
+    "completion": ("fish > ~/.config/fish/completions/rsna_seg.fish", "bash >> ~/.bashrc"),
 }
 
 # %% ../../nbs/app/00_cli.ipynb #08755af8
@@ -100,23 +75,27 @@ def _sentence(error):
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 # %% ../../nbs/app/00_cli.ipynb #22ae33e6
-def _load(name, arguments):
-    "The module of the commands. Exits if the words do not fit or need no more."
-    if os.environ.get("NO_COLOR"):
-        os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"  # tyro's own word for it
+def _begin(name, arguments):
+    "The command, ready to run, and the module of its class. Exits if the words do not fit."
+    words = import_module("rsna_seg.app.words")
     if "torch" not in sys.modules:
-        command = import_module("rsna_seg.app.words").read_words(name, arguments)
-        import_module("rsna_seg.app.terminal").prepare_bars(command.quiet)
-        if not command.quiet and os.environ.get("RANK", "0") == "0":
+        quiet = words.read_words(name, arguments).quiet
+        os.environ["TQDM_BAR_FORMAT"] = words.BAR
+        os.environ |= {"TQDM_DISABLE": "1"} if quiet else {}
+        if not quiet and os.environ.get("RANK", "0") == "0":
             print("loading PyTorch and the other libraries", file=sys.stderr, flush=True)
-    return import_module("rsna_seg.app.commands")
+    commands = import_module("rsna_seg.app.commands")
+    return commands.parse(name, arguments), commands
 
 # %% ../../nbs/app/00_cli.ipynb #ae91d6d5
 def _perform(name, arguments):
     "Runs a command; returns 1 if it left something out, else 0."
-    commands = _load(name, arguments)
-    command = commands.parse(name, arguments)
-    with import_module("rsna_seg.app.terminal").speaking(command.quiet, command.json):
+    command, commands = _begin(name, arguments)
+    err = sys.stderr if sys.stderr.isatty() else commands.PipedBars(sys.stderr)
+    out = io.StringIO() if command.quiet else err if command.json else sys.stdout
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each line at its time
+    with redirect_stderr(err), redirect_stdout(out):
         results = command.run() or {}
     if command.json and results:
         print(json.dumps(commands.plain(results), indent=2, default=str))
@@ -144,6 +123,8 @@ def main(
 ):
     "Runs a command and exits; with 2 and a sentence if the user can mend what went wrong."
     argv = sys.argv[1:] if argv is None else argv
+    if os.environ.get("NO_COLOR"):
+        os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"  # which is what tyro looks for
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
     elif argv[0] == "--version":

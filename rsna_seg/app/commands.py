@@ -16,7 +16,6 @@ from typing import Annotated, ClassVar, Literal, Union
 
 import numpy as np
 import torch
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from ..anatomy.inspect import inspect_data
@@ -24,8 +23,8 @@ from .cli import COMMANDS, EXAMPLES
 from .demo import DemoConfig, demo
 from .info import Info
 from .many import Job, predict_many
-from .terminal import LOG
-from .words import RULES, Command, path_word as _path
+from .words import Command, PipedBars, read
+from .words import path_word as _path
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
@@ -55,12 +54,12 @@ def parse(
     arguments: list,  # the words after it
 ):
     "The command, ready to run; exits with 2 and a message for words that do not fit."
-    command, words = globals()[name.capitalize()], [str(word) for word in arguments]
     try:
-        return tyro.cli(command, args=words, prog=f"rsna_seg {name}", registry=RULES)
+        return read(globals()[name.capitalize()], list(map(str, arguments)), f"rsna_seg {name}")
     except SystemExit as end:
         if not end.code:  # --help
-            print("examples:", *EXAMPLES[name], sep="\n  ")
+            examples = (f"  rsna_seg {name} {example}" for example in EXAMPLES[name])
+            print("examples:", *examples, sep="\n")
         raise
 
 # %% ../../nbs/app/01_commands.ipynb #2dec8722
@@ -95,7 +94,7 @@ class Prepare(Command):
 
     def run(self):
         check_folder(self.dest)
-        LOG.info("looking through %s", self.source)
+        print(f"looking through {self.source}")
         data = prepare(self.source, self.dest, self.mask, self.config, self.verify)
         patients = data.manifest.groupby("split").patient.nunique().to_dict()
         print(f"{self.source} is read as: {data.info['kind']}", *data.info["notes"], sep="\n")
@@ -117,7 +116,7 @@ class Inspect(Command):
     def run(self):
         check_folder(self.out or self.data, *("quality.html", "quality.csv") if self.out else ())
         quality = inspect_data(self.data, self.jobs)
-        LOG.info("drawing the page")
+        print("drawing the page")
         page = write_quality(quality, self.out)
         print(quality, f"page: {page}", sep="\n")
         return {"findings": quality.findings.to_dict(orient="records"), "page": page}
@@ -127,7 +126,7 @@ def _print_plan(command):
     "What a run would do, and whether it would go on from an earlier one."
     if os.environ.get("RANK", "0") != "0":
         return {}
-    LOG.info("training on a batch, to measure its time and memory")
+    print("training on a batch, to measure its time and memory")
     plan = plan_run(command.data, command.config)
     print(plan)
     if (command.out / "history.csv").exists():
@@ -209,7 +208,7 @@ def _score(command, judge):
     settings = {key: value for key, value in vars(command).items() if key not in _NOT_SCORED}
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
-    LOG.info("drawing the report")
+    print("drawing the report")
     report, notes = write_evaluation(result, command.out), result.about["notes"]
     print("Dice, mean over patients", result, *notes, f"report: {report}", sep="\n")
     left_out = _left_out(result.skipped)
@@ -268,7 +267,7 @@ class Compare(Command):
 
     def run(self):
         check_folder(self.out, "report.html")
-        LOG.info("comparing, patient by patient")
+        print("comparing, patient by patient")
         result = compare(self.a, self.b, self.names)
         report = write_comparison(result, self.out)
         print(result, *result.left_out, f"report: {report}", sep="\n")
@@ -277,15 +276,15 @@ class Compare(Command):
 # %% ../../nbs/app/01_commands.ipynb #eb2bdab2
 def _predict_scan(command):
     "One scan: its organs, what to look at, and where the files are."
-    LOG.info("loading the network; the first time, the fastest engine is found out")
+    print("loading the network; the first time, the fastest engine is found out")
     predictor = Predictor([command.checkpoint, *command.also], command.config)
     print(predictor)
-    LOG.info("reading %s", command.scan)
+    print(f"reading {command.scan}")
     with opened(command.scan, command.series, command.spacing, *predictor.png_window) as scan:
         check_outputs(command.outputs, scan)
         file = command.out / "probabilities.h5" if command.probabilities else None
         result = predictor(scan, file)
-        LOG.info("writing %s", ", ".join(command.outputs))
+        print("writing", ", ".join(command.outputs))
         save_segmentation(result, command.out, command.outputs)
     print(result.organs[["ml", "voxels", "mean_hu", "edges"]].round(1).to_string(na_rep="-"))
     findings = [finding.text for finding in result.findings]
@@ -371,7 +370,7 @@ class Export(Command):
         print("".join(f"{note}\n" for note in card.notes), end="")
         if graphs := tuple(name for name in self.formats if name != "huggingface"):
             images = self.scan and _network_slices(self.scan, card)
-            LOG.info("writing %s, and comparing with PyTorch", ", ".join(graphs))
+            print(f"writing {', '.join(graphs)}, and comparing with PyTorch")
             table = results["formats"] = export_model(self.checkpoint, self.out, graphs, images)
             print("equal: share of pixels with PyTorch's class; difference: largest of a logit")
             print(table.to_string())
@@ -386,12 +385,11 @@ class Export(Command):
 # %% ../../nbs/app/01_commands.ipynb #249bcaff
 @dataclass(frozen=True)
 class Completion(Command):
-    "A script with which a shell completes commands and flags. Each shell has a place for it."
+    "A script with which a shell completes commands and flags."
 
     shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], arg(metavar="SHELL")]
     at_once: ClassVar[bool] = True
 
     def run(self):
         kinds = [Annotated[globals()[name.capitalize()], subcommand(name)] for name in COMMANDS]
-        words = ["--tyro-print-completion", self.shell]
-        tyro.cli(Union[tuple(kinds)], args=words, prog="rsna_seg", registry=RULES)
+        read(Union[tuple(kinds)], ["--tyro-print-completion", self.shell], "rsna_seg")

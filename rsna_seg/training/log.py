@@ -15,26 +15,19 @@ from tqdm.auto import tqdm
 from ..files import writing
 
 # %% ../../nbs/training/02_log.ipynb #6623d3e2
-def epoch_line(
-    history: list[dict],  # rows of history.csv, up to the epoch
-    epochs: int,  # of the whole run
-) -> str:
-    "Time, speed, losses, and last the Dice of pooled pixels."
+def epoch_line(history: list[dict], epochs: int) -> str:  # rows of history.csv; epochs of the run
+    "The last epoch's time, speed, losses, and at the end the Dice of pooled pixels."
     *before, row = history
     best = all(row["valid_dice"] > other["valid_dice"] for other in before)
-    speed, skipped = row["slices_per_second"], row["skipped_steps"]
-    losses = f"loss {row['train_loss']:.3f}, valid {row['valid_loss']:.3f}"
+    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}: {timedelta(seconds=round(row['seconds']))},"
-        f" {speed:.1f} slices/s, {losses}{f', {skipped} steps skipped' if skipped else ''},"
-        f" Dice {row['valid_dice']:.3f}{' best' if best else ''}"
+        f" {row['slices_per_second']:.1f} slices/s, loss {row['train_loss']:.3f},"
+        f" valid {row['valid_loss']:.3f}{skipped}, Dice {row['valid_dice']:.3f}{' best' * best}"
     )
 
 # %% ../../nbs/training/02_log.ipynb #420e50cb
-def say(
-    out: Path,  # the run's folder
-    line: str,
-):
+def say(out: Path, line: str):  # out: the run's folder
     "Prints the line, above a bar if there is one, and adds it with the time to train.log."
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line)
@@ -42,12 +35,9 @@ def say(
             log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
 # %% ../../nbs/training/02_log.ipynb #4bf1d8a6
-def begin_log(
-    out: Path,  # the run's folder
-    used: dict,  # from `used_settings`
-):
+def begin_log(out: Path, used: dict):  # the run's folder; from `used_settings`
     "Says whether a run begins or goes on, where, and what differs from its settings."
     begins = "goes on" if (out / "last").exists() else "begins"
-    processes = f"{used['processes']} x " if used["processes"] > 1 else ""
-    for line in (f"{begins} on {processes}{used['device']}, {used['precision']}", *used["notes"]):
+    where = f"{used['processes']} x {used['device']}, precision {used['precision']}"
+    for line in (f"{begins} on {where}", *used["notes"]):
         say(out, line)
