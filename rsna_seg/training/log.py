@@ -39,5 +39,5 @@ def begin_log(out: Path, used: dict):  # the run's folder; from `used_settings`
     "Says whether a run begins or goes on, where, and what differs from its settings."
     begins = "goes on" if (out / "last").exists() else "begins"
     where = f"{used['processes']} x {used['device']}, precision {used['precision']}"
-    for line in (f"{begins} on {where}", *used["notes"]):
+    for line in (f"{begins}: {where}", *used["notes"]):
         say(out, line)
