@@ -36,6 +36,11 @@ def machine():
     return {"cpu": processor(), "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": system}
 
 
+def versions_of(*packages):
+    "Their installed versions by name."
+    return {name: version(name) for name in packages}
+
+
 def speeds(ways, work, unit, rounds):
     "`work` per second of each way, each once a round; the first round does not count."
     seconds = {name: [] for name in ways}
@@ -62,9 +67,8 @@ def report(question, results, ratios, packages, rounds, file=None):
     print(question, table.to_string(), "", sep="\n")
     print(*(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()), sep="\n")
     if file:
-        versions = {name: version(name) for name in packages}
         everything = {
-            "question": question, "machine": machine(), "versions": versions, "rounds": rounds,
+            "question": question, "machine": machine(), "versions": versions_of(*packages), "rounds": rounds,
             "results": results, "ratios": ratios,
         }  # fmt: skip
         with whole_file(file) as part:

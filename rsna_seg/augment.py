@@ -21,6 +21,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the netwo
 
 # %% ../nbs/01_augment.ipynb #e20fa57d
 import albumentations as A
+import cv2
 
 # %% ../nbs/01_augment.ipynb #0298f5f5
 @dataclass(frozen=True)
@@ -33,14 +34,31 @@ class AugmentConfig:
     grid_distortion: float = 0.3  # a 5 x 5 grid, its lines shifted by up to 30 %
     coarse_dropout: float = 0.2  # one or two black boxes of 10 to 20 % of the side; the mask stays
     sides: Literal["keep", "exchange", "off"] = "keep"  # labels of paired organs; off: no flips
+    affine: float = 0.0  # another size and place
+    scale: float = 1.35  # of affine: largest factor of the size, to larger or smaller
+    shift: float = 0.1  # of affine: largest move along rows and columns, as a share of the side
+    contrast: float = 0.0  # brightness by up to 0.2 of the range, contrast by up to 40 %
+    gamma: float = 0.0  # grey values, 0..1, to the power of 0.6 to 1.7
+    noise: float = 0.0  # Gaussian, standard deviation 1 to 5 % of the range
+    blur: float = 0.0  # by up to a pixel, or a resolution lower by up to half
+
+    @classmethod
+    def ct(cls):
+        "Of the recipe `ct`: no mirror image; size, place and grey values as scanners vary them."
+        return cls(
+            sides="off", rotate=0.9, rotate_limit=20, affine=0.9, coarse_dropout=0,
+            contrast=0.5, gamma=0.4, noise=0.2, blur=0.2,
+        )  # fmt: skip
 
     def __post_init__(self):
+        if self.scale < 1:
+            raise ConfigError(f"scale {self.scale} is not a factor from 1 up.")
         if not 0 <= self.rotate_limit <= 180:
             raise ConfigError(f"rotate_limit {self.rotate_limit} is not from 0 to 180 degrees.")
         if self.sides not in ("keep", "exchange", "off"):
             raise ConfigError(f"sides {self.sides!r} is not known; choose keep, exchange or off.")
         for name, value in vars(self).items():
-            if name not in ("rotate_limit", "sides") and not 0 <= value <= 1:
+            if name not in ("rotate_limit", "sides", "scale") and not 0 <= value <= 1:
                 raise ConfigError(f"{name} {value} is not a probability; choose from 0 to 1.")
 
 # %% ../nbs/01_augment.ipynb #5afa20eb
@@ -62,6 +80,12 @@ _FLIPS = {  # of each way to treat the sides; one that does nothing draws its nu
 }
 
 # %% ../nbs/01_augment.ipynb #40e133fe
+def _lower():
+    "A resolution that is lower by up to half, on the same pixels."
+    ways = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}
+    return A.Downscale((0.5, 0.9), ways)
+
+
 class Augment:
     "The transforms of a config; a call gives (image, mask) and depends on its seed alone."
 
@@ -74,6 +98,14 @@ class Augment:
             A.Rotate(limit=(-config.rotate_limit, config.rotate_limit), p=config.rotate),
             A.GridDistortion(p=config.grid_distortion),
             A.CoarseDropout(p=config.coarse_dropout),
+            A.Affine(
+                scale=(1 / config.scale, config.scale), keep_ratio=True,
+                translate_percent=(-config.shift, config.shift), p=config.affine,
+            ),
+            A.RandomBrightnessContrast(0.2, 0.4, p=config.contrast),
+            A.RandomGamma((60, 170), p=config.gamma),
+            A.GaussNoise((0.01, 0.05), p=config.noise),
+            A.OneOf([A.GaussianBlur(0, (0.4, 1.0)), _lower()], p=config.blur),
         ])  # fmt: skip
 
     def __call__(

@@ -86,6 +86,12 @@ class FitConfig:
         if self.dice + self.focal == 0:
             raise ConfigError("dice or focal needs a weight; both are 0.")
 
+    @classmethod
+    def ct(cls, **settings):  # other than those of the recipe `ct`
+        "The recipe `ct`: small steps, many of them, and pictures as other scanners make them."
+        steps = {"batch_size": 8, "accumulation": 1, "augment": AugmentConfig.ct()}
+        return cls(**{**steps, **settings})
+
     @property
     def virtual_batch(self):
         "Slices to an optimiser step."

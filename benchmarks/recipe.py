@@ -1,0 +1,162 @@
+"What does each recipe learn within the same processor time, judged on patients who were left out of the training?"
+
+import itertools
+import json
+import os
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from rounds import machine, versions_of, words
+
+from rsna_seg.augment import AugmentConfig
+from rsna_seg.evaluate import evaluate
+from rsna_seg.files import whole_file
+from rsna_seg.model import load_checkpoint, save_checkpoint
+from rsna_seg.scoring.intervals import MEAN, interval_table, interval_text, patient_means
+from rsna_seg.scoring.metrics import side_confusion
+from rsna_seg.train import TrainConfig, train
+
+USERS, CT = TrainConfig(), TrainConfig.ct()
+
+
+def ct(**changes):
+    "The recipe `ct` with other settings of the augmentation."
+    return replace(CT, augment=replace(CT.augment, **changes))
+
+
+RECIPES = {
+    "recipe": USERS,
+    "recipe, small batches": replace(USERS, batch_size=CT.batch_size, accumulation=1),
+    "recipe, small batches, no flips": replace(
+        USERS, batch_size=CT.batch_size, accumulation=1, augment=AugmentConfig(sides="off")
+    ),
+    "ct": CT,
+    "ct with flips": ct(sides="keep"),
+    "ct with exchanging flips": ct(sides="exchange"),
+    "ct with rotations to 45°": ct(rotate_limit=45),
+    "ct without rotation": ct(rotate=0),
+    "ct without other sizes and places": ct(affine=0),
+    "ct without grid distortion": ct(grid_distortion=0),
+    "ct with dropout": ct(coarse_dropout=0.2),
+    "ct without contrast": ct(contrast=0),
+    "ct without gamma": ct(gamma=0),
+    "ct without noise": ct(noise=0),
+    "ct without blur": ct(blur=0),
+    "ct without other grey values": ct(contrast=0, gamma=0, noise=0, blur=0),
+    "ct, rate 3e-4": replace(CT, lr=3e-4),
+    "ct, rate 3e-3": replace(CT, lr=3e-3),
+    "ct, batches of 4": replace(CT, batch_size=4),
+    "ct, batches of 16": replace(CT, batch_size=16),
+    "ct, batches of 32": replace(CT, batch_size=32),
+    "ct, weight decay 0.1": replace(CT, weight_decay=0.1),
+    "ct, moving average": replace(CT, ema=0.99),
+    "ct, Dice alone": replace(CT, dice=1, focal=0),
+    "ct, Dice of each image": replace(CT, dice_over="image"),
+    "ct, slice and neighbours": replace(CT, channels="neighbours"),
+}
+
+
+def arguments():
+    "What to learn from, how long, and where to write; nothing is quick, as each answer is a training."
+    parser = words(__doc__, quick=False)
+    parser.add_argument("data", type=Path, nargs="+", help="dataset folders, made by prepare, that are one training")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="dataset folders to judge on, of which nothing is learned")
+    parser.add_argument("--scan", type=Path, nargs=2, metavar=("CT", "MASK"), help="a scan with its mask to judge on")
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(RECIPES), default=list(RECIPES), help="these recipes")
+    parser.add_argument("--size", type=int, default=128, help="pixels along both sides")
+    parser.add_argument("--seconds", type=float, default=300, help="of processor time for each training")
+    parser.add_argument("--folds", type=int, nargs="*", default=[0], help="to leave out, one after the other")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--encoder-weights", default="none", help='"imagenet", "none" for random, or a file')
+    return parser.parse_args()
+
+
+def epochs_within(seconds, data, config, folder):
+    "How many epochs take so much processor time, by the second of two."
+    ends = []
+    train(data, folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
+    return max(1, round(seconds / (ends[1] - ends[0])))
+
+
+def dice_of(result, judged):
+    "The Dice of each patient and organ."
+    table = patient_means(result.volumes, "dice").stack().rename("dice").reset_index()
+    return table.set_axis(["patient", "organ", "dice"], axis=1).assign(judged=judged)
+
+
+def one_run(name, fold, seed, args):
+    "Trains, and judges the weights after the last step: what was left out chooses nothing."
+    torch.set_num_threads(1)
+    data = args.data if len(args.data) > 1 else args.data[0]
+    config = replace(
+        RECIPES[name], size=args.size, workers=0, fold=fold, seed=seed, save_minutes=60, encoder_weights=args.encoder_weights
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        config = replace(config, epochs=epochs_within(args.seconds, data, config, folder))
+        start = time.process_time()
+        run = train(data, folder / "run", config)
+        taken = time.process_time() - start
+        model, card = load_checkpoint(run.checkpoint)
+        state = torch.load(run.folder / "last" / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"] if state["average"] is None else state["average"])
+        last = folder / "last.pth"
+        save_checkpoint(model, last, card)
+        left_out = evaluate(last, data, workers=0, fold=fold)
+        tables = [dice_of(left_out, "left out")]
+        for other in args.also:
+            tables.append(dice_of(evaluate(last, other, "train", workers=0), other.name))
+        if args.scan:
+            tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name))
+    swapped = 100 * side_confusion(left_out.matrix)
+    about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": state["steps"]}
+    return {**about, "seconds": taken, "swapped": swapped}, pd.concat(tables).assign(**about)
+
+
+def summary(scores):
+    "Of each recipe and what it was judged on the Dice of each organ, a mean over patients with its interval, and of the organs."
+    rows = {}
+    for key, table in scores.groupby(["judged", "recipe"], sort=False):
+        by_patient = table.groupby(["patient", "organ"]).dice.mean().unstack()
+        rows[key] = interval_table(by_patient).apply(interval_text, axis=1, digits=2)
+    table = pd.DataFrame(rows).T.rename_axis(["judged on", "recipe"])
+    return table[[*[organ for organ in table if organ != MEAN], MEAN]].fillna("–")
+
+
+def main():
+    "Trains each recipe as often as asked for, a run a core, and reports."
+    args = arguments()
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: a line for each run says enough
+    warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces a process that has grown
+    runs, tables = [], []
+    work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
+    todo = itertools.product(args.only, args.folds, range(args.seeds))
+    for run, scores in work(delayed(one_run)(*each, args) for each in todo):
+        runs.append(run)
+        tables.append(scores)
+        means = scores.groupby("judged").apply(lambda t: t.groupby("organ").dice.mean().mean(), include_groups=False)
+        said = {**run, **means.to_dict()}
+        print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
+    scores, runs = pd.concat(tables), pd.DataFrame(runs)
+    scores["recipe"] = pd.Categorical(scores.recipe, args.only)
+    table = summary(scores.sort_values("recipe", kind="stable").astype({"recipe": str}))
+    print(__doc__, table.to_string(), "", sep="\n")
+    print(runs.groupby("recipe")[["epochs", "steps", "seconds", "swapped"]].mean().round(1).to_string())
+    if args.json:
+        asked = {k: str(v) for k, v in vars(args).items()}
+        everything = {
+            "question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations"), "asked": asked,
+            "runs": runs.to_dict(orient="records"), "scores": scores.to_dict(orient="records"),
+        }  # fmt: skip
+        with whole_file(args.json) as part:
+            part.write_text(json.dumps(everything, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()
