@@ -1,11 +1,13 @@
 "What does each recipe learn within the same processor time, judged on patients who were left out of the training?"
 
+import io
 import itertools
 import json
 import os
 import tempfile
 import time
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +82,8 @@ def arguments():
 def epochs_within(seconds, data, config, folder):
     "How many epochs take so much processor time, by the second of two."
     ends = []
-    train(data, folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
+    with redirect_stdout(io.StringIO()):
+        train(data, folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
     return max(1, round(seconds / (ends[1] - ends[0])))
 
 
@@ -101,7 +104,8 @@ def one_run(name, fold, seed, args):
         folder = Path(folder)
         config = replace(config, epochs=epochs_within(args.seconds, data, config, folder))
         start = time.process_time()
-        run = train(data, folder / "run", config)
+        with redirect_stdout(io.StringIO()):
+            run = train(data, folder / "run", config)
         taken = time.process_time() - start
         model, card = load_checkpoint(run.checkpoint)
         state = torch.load(run.folder / "last" / "state.pt", weights_only=True)
@@ -126,7 +130,7 @@ def summary(scores):
         by_patient = table.groupby(["patient", "organ"]).dice.mean().unstack()
         rows[key] = interval_table(by_patient).apply(interval_text, axis=1, digits=2)
     table = pd.DataFrame(rows).T.rename_axis(["judged on", "recipe"])
-    return table[[*[organ for organ in table if organ != MEAN], MEAN]].fillna("–")
+    return table[[*[organ for organ in table if organ != MEAN], MEAN]].dropna(axis=1, how="all").fillna("–")
 
 
 def main():
