@@ -275,7 +275,7 @@ def _predict_scan(command):
     with opened(command.scan, command.series, command.spacing, *predictor.png_window) as scan:
         check_outputs(command.outputs, scan)
         file = command.out / "probabilities.h5" if command.probabilities else None
-        result = predictor(scan, file)
+        result = predictor(scan, file, "report" in command.outputs)
         print("writing", ", ".join(command.outputs))
         save_segmentation(result, command.out, command.outputs)
     print(result.organs[["ml", "voxels", "mean_hu", "edges"]].round(1).to_string(na_rep="-"))
