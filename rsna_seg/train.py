@@ -34,7 +34,7 @@ from .engines.engines import idle_gpu
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
-from .training.log import begin_log, epoch_line, say
+from .training.log import epoch_line, say
 from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
@@ -145,7 +145,8 @@ def _check_begun(out, settings):
     path = out / "config.json"
     try:
         before = {**_GONE, **json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError) as error:
+        before["augment"] = {**asdict(AugmentConfig()), **before["augment"]}  # newer ones are at 0
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} of the run to resume cannot be read ({error}); choose another folder."
         ) from error
@@ -212,7 +213,8 @@ def _describe(out, settings, used, accelerator):
     if accelerator.is_main_process:
         with writing(out), whole_file(out / "config.json") as part:
             part.write_text(json.dumps({**settings, "used": used}, indent=2))
-        begin_log(out, used)
+        for line in (f"{used['device']}, precision {used['precision']}", *used["notes"]):
+            say(out, line)
     numbers = {k: v for k, v in {**settings, **used}.items() if isinstance(v, (int, float, str))}
     accelerator.init_trackers("rsna_seg", config=numbers)
 

@@ -23,6 +23,7 @@ import rsna_seg.data
 import rsna_seg.model
 import rsna_seg.train
 from rsna_seg.app.cli import main
+from rsna_seg.app.commands import parse
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
@@ -648,3 +649,13 @@ def test_augmentation_that_cannot_be(data, tmp_path, name, value, capsys):
     code, said = command(["train", data, tmp_path / "run", f"--{name.replace('_', '-')}", value], capsys)
     assert code == 2 and "from 0 to 1" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_ct_is_what_its_flag_spells_out():
+    words = ["data", "run", "--recipe", "ct"]
+    assert parse("train", words).config == TrainConfig.ct()
+    assert parse("train", [*words, "--batch-size", "4", "--sides", "keep"]).config == TrainConfig.ct(
+        batch_size=4, augment=replace(AugmentConfig.ct(), sides="keep")
+    )
+    assert parse("finetune", ["a.pth", *words]).config == FinetuneConfig.ct()
+    assert parse("train", words[:2]).config == TrainConfig() != TrainConfig.ct()

@@ -10,6 +10,7 @@ __all__ = ['parse', 'Demo', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate
 import os
 import shlex
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Union
@@ -44,7 +45,22 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from ..train import TrainConfig, open_run, plan_run, train
+from ..train import TrainConfig, open_run, plan_run, train, unlike_recipe
+
+# %% ../../nbs/app/01_commands.ipynb #b9974054
+_Recipe = Literal["default", "ct"]
+
+
+def _recipe_words(name, words):
+    "The words, after those that `--recipe ct` among them stands for: of two alike the last counts."
+    reader = ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--recipe")
+    configs = {"train": TrainConfig, "finetune": FinetuneConfig}
+    if name not in configs or reader.parse_known_args(words)[0].recipe != "ct":
+        return words
+    unlike = unlike_recipe(configs[name].ct())
+    flags = ([f"--{key.replace('_', '-')}", str(value)] for key, (value, _) in unlike.items())
+    return [*sum(flags, []), *words]
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
 def parse(
@@ -53,7 +69,8 @@ def parse(
 ):
     "The command, ready to run; exits with 2 and a message for words that do not fit."
     try:
-        return read(globals()[name.capitalize()], list(map(str, arguments)), f"rsna_seg {name}")
+        words = _recipe_words(name, list(map(str, arguments)))
+        return read(globals()[name.capitalize()], words, f"rsna_seg {name}")
     except SystemExit as end:
         if not end.code:  # --help
             examples = (f"  rsna_seg {name} {example}".rstrip() for example in EXAMPLES[name])
@@ -155,6 +172,7 @@ class Train(Command):
 
     data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
     out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    recipe: _Recipe = "default"  # whose settings hold where none is given; ct: small steps
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
@@ -172,6 +190,7 @@ class Finetune(Command):
     checkpoint: _path("CHECKPOINT")  # a .pth of this network
     data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
     out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    recipe: _Recipe = "default"  # whose settings hold where none is given; ct: small steps
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
