@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'CARD', 'check_encoder', 'imagenet_file', 'read_stored', 'build_model', 'has_bf16', 'keep_memory',
-           'as_input', 'marginal_logits', 'SegLoss', 'file_sha256', 'Card', 'write_tensors', 'save_checkpoint',
-           'load_checkpoint']
+           'as_input', 'marginal_logits', 'marginal_by_slice', 'SegLoss', 'file_sha256', 'Card', 'write_tensors',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -215,9 +215,20 @@ def marginal_logits(
     logits[:, 0] = background
     return logits
 
+# %% ../nbs/02_model.ipynb #fd25f5d6
+def marginal_by_slice(
+    logits: torch.Tensor,  # (batch, class, row, col)
+    known: torch.Tensor,  # bool, (batch, class): what a slice's mask tells apart, background too
+) -> torch.Tensor:  # same shape
+    "`marginal_logits` of slices that each have unknown organs of their own."
+    organs, unknown = logits[:, 1:], ~known[:, 1:, None, None]
+    others = organs.masked_fill(~unknown, _NEVER)
+    background = torch.cat([logits[:, :1], others], 1).logsumexp(1, keepdim=True)
+    return torch.cat([background, organs.masked_fill(unknown, _NEVER)], 1)
+
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
-    "Weighted sum of Dice and focal loss, smp's, over the background and the labelled organs."
+    "Weighted sum of Dice and focal loss, smp's, over the background and the organs that are known."
 
     def __init__(
         self,
@@ -235,21 +246,33 @@ class SegLoss(nn.Module):
         self,
         logits: torch.Tensor,  # (batch, class, row, col)
         masks: torch.Tensor,  # class ids, any integer type, (batch, row, col)
+        known: torch.Tensor | None = None,  # bool, (batch, class), as for `marginal_by_slice`
     ) -> torch.Tensor:
-        "The loss as a scalar; computed in float32 whatever the logits are."
-        logits, masks = marginal_logits(logits.float(), self.labelled), masks.long()
-        if len(self.kept) < len(CLASSES):
-            logits = torch.stack([logits[:, i] for i in self.kept], 1)
-            masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
+        "The loss as a scalar, in float32; without `known` each mask shows all labelled organs."
+        logits, masks = logits.float(), masks.long()
+        if known is None:
+            logits, masks = self._kept(logits, masks)
+            in_slice = in_area = len(self.kept)  # how many classes are known
+        else:
+            logits, in_slice = marginal_by_slice(logits, known), known.sum(1)
+            in_area = known.any(0).sum() if 0 in self.axes else in_slice
         truth = torch.zeros_like(logits).scatter_(1, masks.unsqueeze(1), 1)
         shares, areas = logits.softmax(1), truth.sum(self.axes)
         both = (shares.sum(self.axes) + areas).clamp_min(1e-7)
         scores = 2 * (shares * truth).sum(self.axes) / both
-        dice = ((1 - scores) * (areas > 0)).mean()
+        dice = ((1 - scores) * (areas > 0)).sum(-1) / in_area
         losses = nn.functional.binary_cross_entropy_with_logits
         entropy = losses(logits, truth, reduction="none")
-        focal = (torch.expm1(-entropy).square() * entropy).mean()
-        return self.dice * dice + self.focal * focal
+        focal = (torch.expm1(-entropy).square() * entropy).mean((2, 3)).sum(1) / in_slice
+        return self.dice * dice.mean() + self.focal * focal.mean()
+
+    def _kept(self, logits, masks):
+        "The problem with fewer classes, where the same organs are unknown in all slices."
+        logits = marginal_logits(logits, self.labelled)
+        if len(self.kept) < len(CLASSES):
+            logits = torch.stack([logits[:, i] for i in self.kept], 1)
+            masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
+        return logits, masks
 
 # %% ../nbs/02_model.ipynb #052f3206
 def file_sha256(path: str | Path) -> str:
@@ -272,6 +295,7 @@ class Card:
     labelled: list[str] = field(default_factory=lambda: list(ALL_ORGANS))  # organs it was taught
     config: dict = field(default_factory=dict)  # settings of the run
     dataset: str = ""  # fingerprint of the dataset folder
+    sets: list = field(default_factory=list)  # of each folder name, fingerprint, organs, window
     metrics: dict = field(default_factory=dict)  # on the validation slices
     spacing: list = field(default_factory=list)  # training's [smallest, largest] (z, row, col), mm
     sha256: str = ""  # of the checkpoint file, when it is read

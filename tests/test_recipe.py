@@ -527,7 +527,8 @@ def test_columns_of_the_history(data, tmp_path):
     run = train(data, tmp_path, replace(FIRST, epochs=1))
     columns = ["epoch", "lr", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "train_dice", "valid_dice",
                "valid_dice_liver", "valid_dice_spleen", "valid_dice_left_kidney", "valid_dice_right_kidney", "valid_dice_bowel",
-               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb"]  # fmt: skip
+               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb", f"seen_{data.name}",
+               "pixels_liver", "pixels_spleen", "pixels_left_kidney", "pixels_right_kidney", "pixels_bowel"]  # fmt: skip
     assert list(pd.read_csv(run.folder / "history.csv")) == list(run.history) == columns
 
 
@@ -540,8 +541,8 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, spoilt, ema, 
     "Weights, BatchNorm's statistics, the average and the schedule stay; the step is counted as skipped."
     states, real_loss, real_epoch = [], SegLoss.forward, rsna_seg.train.train_epoch
 
-    def loss(criterion, logits, masks):
-        value = real_loss(criterion, logits, masks)
+    def loss(criterion, logits, *rest):
+        value = real_loss(criterion, logits, *rest)
         if torch.is_grad_enabled() and len(states) == 2:  # in the second step
             if spoilt == "gradient":
                 logits.register_hook(lambda gradient: gradient * math.inf)

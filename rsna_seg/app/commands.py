@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +32,7 @@ from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
 from ..engines.slices import squares_of
 from ..evaluate import evaluate, score_masks
 from ..files import ConfigError
-from ..finetune import FinetuneConfig, finetune
+from ..finetune import FinetuneConfig, finetune, seen_window
 from ..model import load_checkpoint
 from rsna_seg.predict import (
     OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, check_outputs, save_segmentation,
@@ -41,12 +42,30 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
+from ..scoring.judge import by_set
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #db430269
-def _path(name):
-    "The type of a path that is given without a flag."
-    return Annotated[Positional[Path], arg(metavar=name)]
+def _path(name, kind=Path):
+    "The type of a path that is given without a flag, or of several."
+    return Annotated[Positional[kind], arg(metavar=name)]
+
+
+
+class _Folders:
+    "What a command with several folders reads, and where it writes; raises `ConfigError` for one."
+
+    def __post_init__(self):
+        if len(self.paths) < 2:
+            raise ConfigError("give one folder of data or several, and after them the one to fill.")
+
+    @property
+    def data(self):
+        return self.paths[:-1]
+
+    @property
+    def out(self):
+        return self.paths[-1]
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
 def parse(
@@ -109,11 +128,11 @@ class Inspect:
         print(quality, f"page: {page}", sep="\n")
 
 # %% ../../nbs/app/01_commands.ipynb #a74722db
-def _print_plan(command):
+def _print_plan(command, window=None):
     "What a run would do, and whether it would go on from an earlier one."
     if os.environ.get("RANK", "0") != "0":
         return
-    print(plan_run(command.data, command.config))
+    print(plan_run(command.data, command.config, window))
     if (command.out / "history.csv").exists():
         done = len(open_run(command.out).history)
         print(f"{command.out} holds a run with {done} epochs; it would go on.")
@@ -133,11 +152,11 @@ def _show_run(run):
 
 # %% ../../nbs/app/01_commands.ipynb #a74722dc
 @dataclass(frozen=True)
-class Train:
+class Train(_Folders):
     "The first training. An interrupted run in the folder goes on."
 
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
-    out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    # dataset folders, made by `rsna_seg prepare`; then the run's: checkpoint, history, curves
+    paths: _path("DATA... OUT", tuple[Path, ...])
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
@@ -149,19 +168,18 @@ class Train:
 
 # %% ../../nbs/app/01_commands.ipynb #61946f0c
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(_Folders):
     "Go on from a checkpoint at a low learning rate. An interrupted run in the folder goes on."
 
     checkpoint: _path("CHECKPOINT")  # a .pth of this network
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
-    out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    # dataset folders, made by `rsna_seg prepare`; then the run's: checkpoint, history, curves
+    paths: _path("DATA... OUT", tuple[Path, ...])
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self):
         if self.dry_run:
-            load_checkpoint(self.checkpoint)  # raises if it does not fit
-            _print_plan(self)
+            _print_plan(self, seen_window(load_checkpoint(self.checkpoint)[1]))
         else:
             _show_run(finetune(self.checkpoint, self.data, self.out, self.config))
 
@@ -179,21 +197,23 @@ def _millimetres(words):
 # %% ../../nbs/app/01_commands.ipynb #bce0372a
 def _score(command, judge):
     "Writes a report, prints the Dice of each organ and what was left out; the exit code."
-    settings = {key: value for key, value in vars(command).items() if key != "out"}
+    settings = {key: value for key, value in vars(command).items() if key not in ("out", "paths")}
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     report = write_evaluation(result, command.out)
+    for name, part in by_set(result).items():
+        print(f"{name}: Dice, mean over patients", part, sep="\n")
     print("Dice, mean over patients", result, *result.about["notes"], f"report: {report}", sep="\n")
     return _name_skipped(result.skipped)
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_Folders):
     "Score a model on patients and write a report."
 
     checkpoint: _path("CHECKPOINT")  # a .pth, a run's folder, or a folder of runs, one a fold
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`; or scans with masks
-    out: _path("OUT")  # the report's folder
+    # dataset folders, made by `rsna_seg prepare`, or scans with masks; then the report's folder
+    paths: _path("DATA... OUT", tuple[Path, ...])
     split: Literal["valid", "train"] = "valid"  # which slices of a dataset folder
     fold: int | None = None  # to validate on; the one that the checkpoint left out if not given
     mask: Path | None = None  # the mask of a scan, or the folder of masks if it lies elsewhere
@@ -205,7 +225,7 @@ class Evaluate:
     source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
 
     def run(self):
-        return _score(self, evaluate)
+        return _score(self, partial(evaluate, data=self.data))
 
 # %% ../../nbs/app/01_commands.ipynb #f5b87c05
 @dataclass(frozen=True)

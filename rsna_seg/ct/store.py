@@ -78,7 +78,8 @@ def _write_png(path, pixels):
 def _write_plane(case, folder, size, shown, z, grey, classes, place):
     "Writes a slice's files; its row of the manifest."
     name = f"{case_name(case)}_{z:04d}.png"
-    data, mask = _write_png(folder / "images" / name, to_square(grey, size)), None
+    grey_square, (rows, cols) = to_square(grey, size), grey.shape
+    data, mask = _write_png(folder / "images" / name, grey_square), None
     pixels = dict.fromkeys(o.key for o in ORGANS)
     if classes is not None:
         classes = to_square(cv2.LUT(classes, shown), size, mask=True)
@@ -86,11 +87,10 @@ def _write_plane(case, folder, size, shown, z, grey, classes, place):
         mask = f"masks/{name}"
         counts = np.bincount(classes.ravel(), minlength=len(CLASSES))
         pixels |= {o.key: int(counts[o.id]) for o in ORGANS if shown[o.id]}
-    rows, cols = grey.shape
     return {
         "image": f"images/{name}", "mask": mask, "patient": case.patient, "series": case.series,
         "z": z, "rows": rows, "cols": cols, **place, **pixels, "incomplete": case.incomplete,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": hashlib.sha256(data).hexdigest(), "picture": png.picture_key(grey_square),
     }  # fmt: skip
 
 # %% ../../nbs/ct/10_store.ipynb #f1d523d9
@@ -139,6 +139,11 @@ class SliceData:
     manifest: pd.DataFrame  # one row a slice
     info: dict  # dataset.json: kind, size, window, labelled organs, notes, fingerprint
     skipped: pd.DataFrame  # series that could not be read: patient, series, source, reason
+
+    @property
+    def sets(self) -> tuple:
+        "The folders that it is made of, each as it is by itself."
+        return (self,)
 
     def part(self, split: str):  # "train" or "valid"
         "The manifest's rows of one split; raises `DataError` if there are none."
@@ -210,7 +215,7 @@ def _read_folder(folder):
     if folder.name.endswith(".unfinished") or not (folder / "dataset.json").exists():
         raise DataError(f"{folder} is not a complete dataset folder, as rsna_seg prepare makes.")
     info, skipped = _read_info(folder), pd.DataFrame(columns=_SKIPPED)
-    names = {"patient": str, "series": str, "orientation": str}
+    names = dict.fromkeys(["patient", "series", "orientation", "picture"], str)
     try:
         manifest = pd.read_csv(folder / "manifest.csv", dtype=names)
         if (folder / "skipped.csv").exists():

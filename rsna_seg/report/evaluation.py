@@ -24,9 +24,10 @@ from rsna_seg.report.plots import (
     case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, organ_dots,
     reliability_curves, roc_curves, save_png, training_curves,
 )  # fmt: skip
-from ..scoring.intervals import MEAN, interval_text
+from ..scoring.intervals import MEAN, interval_table, interval_text, patient_means
 from rsna_seg.scoring.judge import (
-    LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain, states,
+    LIBRARIES, CaseSlices, Evaluation, by_set, calibration, levels, metrics, patient_scores, plain,
+    states,
 )  # fmt: skip
 from ..scoring.metrics import METRICS, class_outcomes, pixel_accuracy, side_confusion
 
@@ -127,7 +128,8 @@ def organ_table(
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
     missed = (counted.present == 0) & (counted.missed > 0)
     reasons.loc[counted.index[missed]] = "missed in all volumes: no outline to measure from"
-    reasons.loc[counted.index[counted["not labelled"] > 0]] = "not labelled in this data"
+    nowhere = counted["not labelled"] == counted.sum(axis=1)
+    reasons.loc[counted.index[nowhere]] = "not labelled in this data"
     return tuple(each.rename(index=NAMES).rename_axis("organ") for each in (table, reasons))
 
 # %% ../../nbs/report/02_evaluation.ipynb #6ccb049e
@@ -262,6 +264,20 @@ def _cases(result):
         absent=reasons.fillna("no organ of this volume has a value"),
     )  # fmt: skip
 
+# %% ../../nbs/report/02_evaluation.ipynb #bf00bc9d
+def _sets(result):
+    "The part on each of several sets."
+    parts, rows = by_set(result), {}
+    if not parts:
+        return []
+    for name, part in {**parts, "all together": result}.items():
+        dice = interval_table(patient_means(part.volumes, "dice"))
+        texts = {NAMES[key]: interval_text(row) for key, row in dice.iterrows()}
+        rows[name] = {"patients": dice.loc[MEAN, "n"], **texts}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
+    text = "Dice, mean over patients. All together has each organ from the sets that label it."
+    return [Section("Each set", text, table, absent="not labelled in this set, or absent")]
+
 # %% ../../nbs/report/02_evaluation.ipynb #2ea883b5
 _LEVELS = (
     "Quote the mean over patients. Pooled pixels let large organs and long scans weigh more; the"
@@ -309,7 +325,7 @@ def _sections(result, scores, drawn):
         return [Section(title, figure=drawn[name], caption=caption)] if name in drawn else []
 
     return [
-        organs,
+        organs, *_sets(result),
         *figure("examples", "Worst, median and best", "Of each volume the slice with the most wrong"
                 " pixels. The patient's left is on the right of the image."),
         _cases(result),

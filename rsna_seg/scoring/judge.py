@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIBRARIES', 'Spacing', 'VolumeTally', 'slices_to_show', 'CaseSlices', 'Evaluation', 'Judge', 'levels',
-           'patient_scores', 'states', 'calibration', 'plain', 'metrics']
+           'patient_scores', 'states', 'calibration', 'plain', 'by_set', 'metrics']
 
 # %% ../../nbs/scoring/02_judge.ipynb #39ea7be2
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -184,9 +184,10 @@ class Evaluation(ShownAsTable):
 class _Case:
     "A volume that is being judged."
 
-    def __init__(self, judge, patient, series, spacing, shown):
+    def __init__(self, judge, patient, series, spacing, shown, labelled):
         self.patient, self.series, self.judge, self.z = patient, series, judge, []
-        self.tally = VolumeTally(judge.labelled, spacing, judge.tolerance)
+        self.labelled = judge.labelled if labelled is None else labelled
+        self.tally = VolumeTally(self.labelled, spacing, judge.tolerance)
         self.slices = CaseSlices(case_name(self), shown)
 
     def add(
@@ -201,7 +202,7 @@ class _Case:
         counts = self.tally.add(prediction, truth)
         self.z.extend(map(int, z))
         if probabilities is not None:
-            self.judge.roc.update(probabilities, truth)
+            self.judge.roc.update(probabilities, truth, self.labelled)
         if self.judge.draw:
             predicted = self.tally.shown[prediction.cpu().numpy()]
             wrong = counts.sum(axis=(1, 2)) - counts.trace(axis1=1, axis2=2)
@@ -239,9 +240,12 @@ class Judge:
         series: str,
         spacing: Spacing = Spacing(),
         shown=(),  # numbers of the slices to draw; the one with the most wrong pixels if none
+        set_name: str = "",  # of several sets
+        labelled: list[str] | None = None,  # what its set labels; all if None
     ):
         "Takes a volume's slices; one that raises an `RsnaSegError` is skipped, the others go on."
-        case, before = _Case(self, patient, series, spacing, shown), copy.deepcopy(self.roc)
+        case = _Case(self, patient, series, spacing, shown, labelled)
+        before = copy.deepcopy(self.roc)
         try:
             yield case
             case.check()
@@ -252,9 +256,9 @@ class Judge:
             return
         if self.draw:
             self.draw(case.slices)
-        rows.insert(0, "patient", patient)
-        rows.insert(1, "series", series)
-        slices = pd.DataFrame({"patient": patient, "series": series, "z": case.z})
+        names = {"patient": patient, "series": series, "set": set_name}
+        rows = rows.assign(**names)[[*names, *rows]]
+        slices = pd.DataFrame({**names, "z": case.z})
         self.done.append((rows, slices, counts))
 
     def skip(self, patient, series, reason):
@@ -342,6 +346,28 @@ def plain(
         return None
     return value.item() if isinstance(value, np.generic) else value
 
+# %% ../../nbs/scoring/02_judge.ipynb #13f134d5
+def by_set(result: Evaluation) -> dict:  # name -> Evaluation
+    "The result of each set by itself, without curves; none if there are not several."
+    volumes, parts = result.volumes, {}
+    names = volumes["set"].unique() if "set" in volumes else []
+    for name in names if len(names) > 1 else []:
+        rows, here = volumes[volumes["set"] == name], (result.slices["set"] == name).to_numpy()
+        shown = set(rows.organ[rows.state != "not labelled"])
+        own = {"volumes": rows, "slices": result.slices[here], "counts": result.counts[here]}
+        labelled = [key for key in result.labelled if key in shown]
+        parts[name] = replace(result, **own, labelled=labelled, roc=None)
+    return parts
+
+
+def _in_short(result):
+    "What metrics.json says of one of several sets."
+    return {
+        "labelled": result.labelled, "patients": result.volumes.patient.nunique(),
+        "volumes": len(result.volumes) // len(ORGANS), "slices": len(result.slices),
+        "mean_over_patients": patient_scores(result), "states": states(result),
+    }  # fmt: skip
+
 # %% ../../nbs/scoring/02_judge.ipynb #c947f651
 def metrics(result: Evaluation) -> dict:
     "All scores and what they rest on, as JSON knows it."
@@ -357,6 +383,7 @@ def metrics(result: Evaluation) -> dict:
         "patients": result.volumes.patient.nunique(),
         "volumes": len(result.volumes[["patient", "series"]].drop_duplicates()),
         "slices": len(result.slices), "skipped": result.skipped.to_dict(orient="records"),
+        "sets": {name: _in_short(part) for name, part in by_set(result).items()},
         "pixel_accuracy": pixel_accuracy(matrix), "side_confusion": side_confusion(matrix),
         "pooled": pooled.assign(pixels=matrix.sum(axis=1)),
         "mean_over_patients": patient_scores(result),

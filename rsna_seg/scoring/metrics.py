@@ -337,8 +337,9 @@ class RocHistogram:
         self,
         probabilities: torch.Tensor,  # softmax over the classes, 0..1, (B, 6, H, W) or (N, 6)
         truth: torch.Tensor,  # class of each pixel, 0..5, (B, H, W) or (N,)
+        labelled: list[str] = ALL_ORGANS,  # keys of the organs that the truth tells apart
     ):
-        "Add these pixels to the histograms."
+        "Add these pixels to the histograms of the background and the labelled organs."
         if probabilities.shape != (truth.shape[0], len(CLASSES), *truth.shape[1:]):
             shapes = tuple(probabilities.shape), tuple(truth.shape)
             raise ValueError(f"probabilities are {shapes[0]} but truth is {shapes[1]}")
@@ -346,7 +347,8 @@ class RocHistogram:
             p = probabilities[:, c].reshape(-1).float()
             least, most = torch.aminmax(p)
             self.strays = self.strays + ~((least >= -0.001) & (most <= 1.001))  # NaN is neither
-            histogram.update(p, (truth == c).reshape(-1))
+            if CLASSES[c].key in ("background", *labelled):
+                histogram.update(p, (truth == c).reshape(-1))
 
     def checked(
         self,
