@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'RsnaSegError', 'ScanError', 'DataError', 'ConfigError', 'TrainingError', 'OutputError', 'writing',
-           'cache_folder']
+           'check_folder', 'cache_folder']
 
 # %% ../nbs/files.ipynb #f31c2deb
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def writing(path: str | Path):
         yield
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+# %% ../nbs/files.ipynb #ceee6be6
+def check_folder(
+    out: str | Path,  # the folder for results; it need not exist
+    *own: str,  # patterns of files by which results of an earlier run are known; none: any may be
+):
+    "Raises `OutputError` if the folder cannot be written to, or holds files of something else."
+    out = Path(out).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in (out, *out.parents) if p.exists())):
+            files = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    except OSError as error:
+        why = error.strerror or error
+        raise OutputError(f"{out} cannot be written to ({why}); choose another folder.") from error
+    if own and files and not any(any(out.glob(pattern)) for pattern in own):
+        what = f"{out} holds files, and none that this command writes there"
+        raise OutputError(f"{what}; choose a new folder, such as {out / 'rsna_seg'}.")
 
 # %% ../nbs/files.ipynb #5e11750f
 def cache_folder() -> Path:

@@ -35,6 +35,7 @@ from .engines.engines import idle_gpu
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
+from .training.log import begin_log, epoch_line, say
 from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
@@ -177,7 +178,7 @@ def _describe(out, settings, used, accelerator):
     if accelerator.is_main_process:
         with writing(out), whole_file(out / "config.json") as part:
             part.write_text(json.dumps({**settings, "used": used}, indent=2))
-        print("".join(f"{note}\n" for note in used["notes"]), end="")
+        begin_log(out, used)
     numbers = {k: v for k, v in {**settings, **used}.items() if isinstance(v, (int, float, str))}
     accelerator.init_trackers("rsna_seg", config=numbers)
 
@@ -242,19 +243,20 @@ def _fit_epochs(loop, loaders, tally, history, data, out, config, watch, begun):
     with tqdm(total=config.epochs * sampler.slices, initial=done, unit="slice", **quiet) as bar:
         while not _finished(history, config):
             sampler.epoch = len(history)
-            bar.set_description(f"epoch {len(history) + 1}")
+            bar.set_description_str(f"epoch {len(history) + 1}/{config.epochs}")
             freeze_encoder(loop, len(history) < config.freeze_epochs)
             if _train_one(loop, loaders[0], tally, bar, config, save, begun):
-                return
+                return say(out, f"time is up in epoch {len(history) + 1}")
             row = _row(len(history) + 1, tally, loop, data, *valid_epoch(loop, loaders[1]))
             history.append(row)
-            if len(data.sets) > 1 and accelerator.is_main_process:
-                bar.write(_seen(row))
             accelerator.log({k: v for k, v in row.items() if not math.isnan(v)}, step=len(history))
             tally = Tally()
             if accelerator.is_main_process:
                 _keep(out, loop, data, config, history)
                 save(tally)
+                say(out, epoch_line(history, config.epochs))
+                if len(data.sets) > 1:
+                    say(out, _seen(row))
                 watch(pd.DataFrame(history))
 
 # %% ../nbs/03_train.ipynb #171f101d
@@ -300,6 +302,7 @@ def fit(
         except TrainingError as error:
             kept = f"{out / config.checkpoint} of an earlier epoch is kept"
             kept = kept if history else "There is no checkpoint yet"
+            say(out, f"{error} {kept}.")
             raise TrainingError(f"{error} {kept}.") from error
         for tracker in accelerator.trackers:  # `end_training` would part the processes
             tracker.finish()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from joblib import Parallel, delayed
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -334,11 +335,12 @@ def test_surfaces_in_other_processes_are_the_same(monkeypatch):
         return tally.distances()
 
     usual, used = distances(), []
-    executor = rsna_seg.scoring.surfaces.get_reusable_executor
-    monkeypatch.setattr(rsna_seg.scoring.surfaces, "get_reusable_executor", lambda _: used.append(1) or executor(2))
+    executor = rsna_seg.scoring.surfaces.get_memmapping_executor
+    monkeypatch.setattr(rsna_seg.scoring.surfaces, "get_memmapping_executor", lambda _: used.append(1) or executor(2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     beside = distances()
     assert len(used) > 10
+    assert Parallel(2)(map(delayed(len), ["a", "bc"])) == [1, 2]  # joblib takes the same processes
     for key, each in usual.items():
         arrays = zip((*each.edges, each.surfels, each.areas), (*beside[key].edges, beside[key].surfels, beside[key].areas))
         assert all(np.array_equal(*pair) for pair in arrays)

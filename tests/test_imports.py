@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "report": ("files", "ct", "scoring", "anatomy"),
     **{chapter: (*ROOMS, *CHAPTERS[:number]) for number, chapter in enumerate(CHAPTERS)},
     "app": (*ROOMS, *CHAPTERS),
+    "__main__": ("app",),
 }
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -156,7 +157,8 @@ def _make_example(folder):
         size=96, batch_size=4, accumulation=1, epochs=5, lr=2e-3, encoder_weights="none",
         augment=_AUGMENT, mixed_precision="no", workers=0,
     )  # fmt: skip
-    train(folder / "data", folder / "run", settings)
+    with redirect_stdout(StringIO()):  # a page that needs the example shows something else
+        train(folder / "data", folder / "run", settings)
 
 # %% ../../nbs/app/02_demo.ipynb #3492523c
 def example(

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 from joblib import cpu_count
-from joblib.externals.loky import get_reusable_executor
+from joblib.executor import get_memmapping_executor
 from scipy.ndimage import binary_erosion, correlate
 from scipy.spatial import KDTree
 from surface_distance import lookup_tables
@@ -81,7 +81,7 @@ def _organ_distances(predicted_slabs, true_slabs, z, spacing):
 def _begin(function, *words):
     "Computes it in another process where a GPU would have to wait; a future."
     if torch.cuda.is_available():
-        return get_reusable_executor(cpu_count()).submit(function, *words)
+        return get_memmapping_executor(cpu_count()).submit(function, *words)
     done = Future()
     done.set_result(function(*words))
     return done
