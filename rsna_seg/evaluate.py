@@ -21,14 +21,15 @@ from .ct.cases import ScanCase, SourceConfig, find_source, paired
 from .ct.dicom import read_scan
 from .ct.find import files_below, first_channels, unpacked
 from .ct.organs import ALL_ORGANS, only
-from .ct.png import Window, read_png
+from .ct.png import read_png
 from .ct.scan import off_square, square_grid, window
-from .ct.sets import join, set_names
+from .ct.sets import open_sets
 from .ct.store import open_data
 from .data import SliceDataset, cores, quiet_worker
 from .engines.engines import idle_gpu, make_engine
 from .engines.slices import from_square, mean_logits, squares_of
 from .files import ConfigError, DataError, RsnaSegError
+from .finetune import seen_window
 from .model import file_sha256, load_checkpoint, marginal_logits
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
@@ -41,12 +42,11 @@ class _JudgedSlices(SliceDataset):
     def __init__(self, data, split, card):
         manifest = data.manifest.sort_values(["patient", "series", "z"], ignore_index=True)
         super().__init__(replace(data, manifest=manifest), split, card.size, channels=card.channels)
-        sizes = self.rows.reindex(columns=["size"], fill_value=data.info["size"])["size"]
-        shapes = self.rows.reindex(columns=["rows", "cols"])
-        shapes = shapes.apply(lambda each: each.fillna(sizes)).astype(int)
-        rows = zip(shapes["rows"].tolist(), shapes["cols"].tolist(), sizes.tolist())
-        self.grids = [square_grid(*row) for row in rows]
-        self.scale = (sizes / shapes.max(axis=1).clip(upper=sizes)).to_numpy()  # of a pixel
+        size = np.array([each.info["size"] for each in data.sets.values()])[self.sets]
+        shapes = self.rows.reindex(columns=["rows", "cols"]).to_numpy(float)
+        shapes = np.where(np.isnan(shapes), size[:, None], shapes).astype(int)
+        self.grids = [square_grid(*shape, n) for shape, n in zip(shapes.tolist(), size.tolist())]
+        self.scale = size / np.minimum(shapes.max(axis=1), size)  # of a pixel
 
     def __getitem__(self, index):
         stack = self.stacks[index]
@@ -61,10 +61,9 @@ class _JudgedSlices(SliceDataset):
             return torch.zeros(shape, dtype=torch.uint8), nothing, nothing, str(error)
 
     def series(self):
-        "Patient, series and indices of each series."
-        groups = self.rows.groupby(["patient", "series"]).indices
-        groups = [(*key, np.array(index)) for key, index in groups.items()]
-        return sorted(groups, key=lambda group: self.sets[group[-1][0]])
+        "Number of the set, patient, series and indices of each series."
+        groups = self.rows.groupby([self.sets, "patient", "series"]).indices
+        return [(*key, np.array(index)) for key, index in groups.items()]
 
     def spacing(self, index):
         "Size and place of the pixels of a series' slices."
@@ -94,15 +93,15 @@ def _take(case, z, logits, truth, grey):
 @torch.inference_mode()
 def _judge_part(judge, engine, card, data, split, batch_size, workers):
     "Judges all series of a part of a dataset folder."
-    slices, names = _JudgedSlices(data, split, card), set_names(data.sets)
+    slices = _JudgedSlices(data, split, card)
     batches = iter(slices.loader(batch_size, workers))
     z, organ_pixels = slices.rows.z.to_numpy(), slices.rows[judge.labelled].sum(axis=1).to_numpy()
-    for patient, series, index in tqdm(slices.series(), desc="evaluate", unit="series"):
+    for number, patient, series, index in tqdm(slices.series(), desc="evaluate", unit="series"):
         parts = _batches(index, batch_size)
         of_series = itertools.islice(batches, len(parts))
         shown = z[index][slices_to_show(organ_pixels[index])]
-        number = slices.sets[index[0]]
-        of_set = names[number], data.sets[number].info["labelled"]
+        name = [*data.sets][number]
+        of_set = name, data.sets[name].info["labelled"]
         with judge.volume(patient, series, slices.spacing(index), shown, *of_set) as case:
             for part, (images, masks, greys, errors) in zip(parts, of_series):
                 if any(errors):
@@ -120,24 +119,18 @@ def _same_data(card, data):
     return data.info["fingerprint"] in trained_on
 
 # %% ../nbs/05_evaluate.ipynb #a78f9bc6
-def _taught_on(card, data):
-    "The patients of a folder that the checkpoint was trained on."
-    if not _same_data(card, data):
-        return set()
-    manifest = open_data(data.folder, card.config.get("fold")).manifest
-    sides = manifest.set_index("patient").split.to_dict()
-    for each in card.sets:
-        if each["dataset"] == data.info["fingerprint"]:
-            sides.update(each["moved"])
-    return {patient for patient, side in sides.items() if side == "train"}
-
-
 def _seen(card, data, split):
     "A sentence if patients that are judged were in the checkpoint's training."
-    patients, persons = data.part(split).patient, data.info.get("persons", {})
-    taught = set().union(*(_taught_on(card, each) for each in data.sets))
-    seen, judged = {persons.get(name, name) for name in taught} & {*patients}, patients.nunique()
-    return [f"{len(seen)} of the {judged} patients were in the training of this checkpoint:"
+    judged, persons, seen = {*data.part(split).patient}, data.info.get("persons", {}), set()
+    moved = {each["dataset"]: each["moved"] for each in card.sets}
+    for part in data.sets.values():
+        if _same_data(card, part):
+            rows = open_data(part.folder, card.config.get("fold")).manifest
+            rows = rows[rows.split != "none"]
+            sides = dict(zip(rows.patient, rows.split)) | moved.get(part.info["fingerprint"], {})
+            taught = {persons.get(name, name) for name, side in sides.items() if side == "train"}
+            seen |= taught & judged
+    return [f"{len(seen)} of the {len(judged)} patients were in the training of this checkpoint:"
             " these scores are no test of it."] if seen else []  # fmt: skip
 
 # %% ../nbs/05_evaluate.ipynb #6201dfe9
@@ -184,16 +177,6 @@ def _compare_windows(card, data, path):
     what = what.format(data.folder, *theirs, path, *ours)
     return [f"{what}: if one is wrong, the scores say nothing."]
 
-
-def _open_parts(card, folders, fold):
-    "The folders as one in the network's window, and the fold of each."
-    plain = [open_data(folder) for folder in folders]
-    own = card.config.get("fold") if fold is None else fold
-    folds = [own if _same_data(card, data) else fold for data in plain]
-    taught_alone = len(plain) == 1 and not card.sets and _same_data(card, plain[0])
-    seen = plain[0].window if taught_alone else Window(card.level, card.width, card.window)
-    return join([open_data(*each) for each in zip(folders, folds)], seen), folds
-
 # %% ../nbs/05_evaluate.ipynb #5dd92c6a
 def _on_dataset(checkpoint, folders, split, fold, batch_size, workers, device, tolerance, pictures):
     "Judges one checkpoint on a part of dataset folders, or each of several on its own fold."
@@ -208,21 +191,22 @@ def _on_dataset(checkpoint, folders, split, fold, batch_size, workers, device, t
     judge = Judge(labelled, tolerance, draw=case_drawer(pictures))
     notes, parts = idle_gpu(), []
     for path, model, card in loaded:
-        part, folds = _open_parts(card, folders, fold)
+        own = card.config.get("fold") if fold is None else fold
+        folds = [own if _same_data(card, each) else fold for each in sets]
+        part = open_sets(folders, folds, seen_window(card))
         notes += part.info.get("joined", [])
-        notes += [note for each in part.sets for note in _compare_windows(card, each, path)]
+        notes += sum((_compare_windows(card, each, path) for each in sets), [])
         engine = make_engine("torch", model, card.size, device)
         _judge_part(judge, engine, card, part, split, batch_size, workers)
         notes += [*card.notes, *_seen(card, part, split)]
         for k in dict.fromkeys(folds):
             fold_name = f"fold {k}" if split == "valid" else f"all folds but {k}"
             parts.append(f"the split “{split}”" if k is None else fold_name)
-    for each in sets:
-        size = each.info["size"]
-        shrunk = each.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
-        if count := each.manifest.series[shrunk].nunique():
-            notes.append(f"{each.folder.name}: {count} series were shrunk to {size} pixels when it"
-                         " was prepared, and are scored at that size.")  # fmt: skip
+    rows, size = part.manifest, part.manifest.get("size", part.info["size"])
+    shrunk = rows.reindex(columns=["rows", "cols"]).max(axis=1) > size
+    if shrunk.any():
+        notes.append(f"{rows.series[shrunk].nunique()} series were shrunk to {np.max(size)} pixels"
+                     " when they were prepared, and are scored at that size.")  # fmt: skip
     keys = "kind", "source", "fingerprint", "patients", "slices"
     kept = {key: [each.info[key] for each in sets] for key in keys}
     kept = {key: each if len(sets) > 1 else each[0] for key, each in kept.items()}

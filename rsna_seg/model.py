@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'CARD', 'check_encoder', 'imagenet_file', 'read_stored', 'build_model', 'has_bf16', 'keep_memory',
-           'as_input', 'marginal_logits', 'marginal_by_slice', 'SegLoss', 'file_sha256', 'Card', 'write_tensors',
-           'save_checkpoint', 'load_checkpoint']
+           'as_input', 'marginal_logits', 'SegLoss', 'file_sha256', 'Card', 'write_tensors', 'save_checkpoint',
+           'load_checkpoint']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -202,9 +202,14 @@ _NEVER = -1e4  # a logit whose probability is 0, and which is finite in half pre
 
 def marginal_logits(
     logits: torch.Tensor,  # (batch, class, ...)
-    known: list[str],  # keys of the organs that are told apart
+    known: list[str] | torch.Tensor,  # keys of the organs told apart; or bool, (batch, class)
 ) -> torch.Tensor:  # same shape; the same tensor if all organs are known
     "Logits whose background stands for the unknown organs too, which get probability 0."
+    if isinstance(known, torch.Tensor):  # each slice has its own
+        organs, unknown = logits[:, 1:], ~known[:, 1:, None, None]
+        others = organs.masked_fill(~unknown, _NEVER)
+        background = torch.cat([logits[:, :1], others], 1).logsumexp(1, keepdim=True)
+        return torch.cat([background, organs.masked_fill(unknown, _NEVER)], 1)
     merged = [c.id for c in CLASSES if c.key not in known]  # the background among them
     if len(merged) == 1:
         return logits
@@ -214,17 +219,6 @@ def marginal_logits(
         logits[:, i] = _NEVER
     logits[:, 0] = background
     return logits
-
-# %% ../nbs/02_model.ipynb #fd25f5d6
-def marginal_by_slice(
-    logits: torch.Tensor,  # (batch, class, row, col)
-    known: torch.Tensor,  # bool, (batch, class): what a slice's mask tells apart, background too
-) -> torch.Tensor:  # same shape
-    "`marginal_logits` of slices that each have unknown organs of their own."
-    organs, unknown = logits[:, 1:], ~known[:, 1:, None, None]
-    others = organs.masked_fill(~unknown, _NEVER)
-    background = torch.cat([logits[:, :1], others], 1).logsumexp(1, keepdim=True)
-    return torch.cat([background, organs.masked_fill(unknown, _NEVER)], 1)
 
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
@@ -246,16 +240,18 @@ class SegLoss(nn.Module):
         self,
         logits: torch.Tensor,  # (batch, class, row, col)
         masks: torch.Tensor,  # class ids, any integer type, (batch, row, col)
-        known: torch.Tensor | None = None,  # bool, (batch, class), as for `marginal_by_slice`
+        known: torch.Tensor | None = None,  # bool, (batch, class), as for `marginal_logits`
     ) -> torch.Tensor:
         "The loss as a scalar, in float32; without `known` each mask shows all labelled organs."
         logits, masks = logits.float(), masks.long()
-        if known is None:
-            logits, masks = self._kept(logits, masks)
-            in_slice = in_area = len(self.kept)  # how many classes are known
-        else:
-            logits, in_slice = marginal_by_slice(logits, known), known.sum(1)
+        logits = marginal_logits(logits, self.labelled if known is None else known)
+        in_slice = in_area = len(self.kept)  # how many classes are known
+        if known is not None:
+            in_slice = known.sum(1)
             in_area = known.any(0).sum() if 0 in self.axes else in_slice
+        elif in_slice < len(CLASSES):  # a problem with fewer classes
+            logits = torch.stack([logits[:, i] for i in self.kept], 1)
+            masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
         truth = torch.zeros_like(logits).scatter_(1, masks.unsqueeze(1), 1)
         shares, areas = logits.softmax(1), truth.sum(self.axes)
         both = (shares.sum(self.axes) + areas).clamp_min(1e-7)
@@ -265,14 +261,6 @@ class SegLoss(nn.Module):
         entropy = losses(logits, truth, reduction="none")
         focal = (torch.expm1(-entropy).square() * entropy).mean((2, 3)).sum(1) / in_slice
         return self.dice * dice.mean() + self.focal * focal.mean()
-
-    def _kept(self, logits, masks):
-        "The problem with fewer classes, where the same organs are unknown in all slices."
-        logits = marginal_logits(logits, self.labelled)
-        if len(self.kept) < len(CLASSES):
-            logits = torch.stack([logits[:, i] for i in self.kept], 1)
-            masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
-        return logits, masks
 
 # %% ../nbs/02_model.ipynb #052f3206
 def file_sha256(path: str | Path) -> str:

@@ -28,14 +28,14 @@ from tqdm.auto import tqdm
 from .augment import Augment, AugmentConfig
 from .ct.organs import ALL_ORGANS, ORGANS, in_words
 from .ct.png import Window
-from .ct.sets import about_sets, open_sets, set_names
+from .ct.sets import open_sets
 from .ct.store import SliceData
 from .data import SliceDataset, cores, make_loader
 from .engines.engines import idle_gpu
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
-from .training.log import begin_log, epoch_line, say
+from .training.log import Run, begin_log, check_begun, epoch_line, open_run, say
 from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
@@ -43,7 +43,6 @@ from rsna_seg.training.loop import (
 from rsna_seg.training.plan import (
     Plan, fitting_batch, make_plan, peak_memory, try_batch, used_settings,
 )  # fmt: skip
-from .training.run import Run, check_begun, open_run
 
 # %% ../nbs/03_train.ipynb #870bc46d
 @dataclass(frozen=True)
@@ -84,8 +83,6 @@ class FitConfig:
             value, low = getattr(self, name), "above 0" if name in above else "from 0 up"
             if value is not None and not (0 <= value < math.inf and (value or name in least)):
                 raise ConfigError(f"{name} {value} is not a finite number {low}.")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ConfigError(f"weights {self.weights} are not all finite numbers above 0.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema {self.ema} is not a number from 0 to below 1.")
         if self.dice + self.focal == 0:
@@ -116,31 +113,22 @@ def _finished(history, config):
     return len(scores) >= config.epochs or (config.patience or math.inf) <= stale
 
 # %% ../nbs/03_train.ipynb #6bd6b8d4
-def _row(epoch, tally, loop, data, valid_loss, valid_matrix):
+def _row(tally, loop, data, sampler, valid_loss, valid_matrix):
     "The epoch's line in history.csv."
-    slices, scores = int(tally.slices.sum()), dice(valid_matrix)
+    slices, scores = int(tally.slices), dice(valid_matrix)
     matrices = {"train": tally.matrix(loop.criterion.labelled), "valid": valid_matrix}
-    pixels = matrices["train"].sum(axis=1)
+    turns = sampler.sets[sampler.order() % sampler.slices]
     return {
-        "epoch": epoch, "lr": tally.lr,
+        "epoch": sampler.epoch + 1, "lr": tally.lr,
         "train_loss": tally.loss.item() / slices if slices else math.nan, "valid_loss": valid_loss,
         **{f"{split}_accuracy": float(pixel_accuracy(m)) for split, m in matrices.items()},
         **{f"{split}_dice": float(mean_organs(dice(m))) for split, m in matrices.items()},
         **{f"valid_dice_{o.key}": float(scores[o.id]) for o in ORGANS},
         "seconds": tally.seconds, "slices_per_second": slices / tally.seconds,
         "skipped_steps": tally.skipped, "peak_memory_gb": peak_memory(loop.accelerator.device),
-        **{f"seen_{name}": n for name, n in zip(set_names(data.sets), tally.slices.tolist())},
-        **{f"pixels_{o.key}": int(pixels[o.id]) for o in ORGANS},
+        **{f"slices_of_{name}": int((turns == i).sum()) for i, name in enumerate(data.sets)},
+        **{f"pixels_of_{o.key}": int(matrices["train"][o.id].sum()) for o in ORGANS},
     }  # fmt: skip
-
-
-def _seen(row):
-    "In words, what the network has seen in an epoch: slices of the sets, pixels of the organs."
-    def counted(kind):
-        counts = {key.removeprefix(kind): n for key, n in row.items() if key.startswith(kind)}
-        return ", ".join(f"{n:,} of {name}" for name, n in counts.items())
-
-    return f"epoch {row['epoch']}: slices {counted('seen_')}; pixels {counted('pixels_')}"
 
 
 def _keep(out, loop, data, config, history):
@@ -153,9 +141,9 @@ def _keep(out, loop, data, config, history):
         mm, scale = rows[["row_mm", "col_mm"]], rows.get("size", data.info["size"]) / config.size
         mm = rows[["slice_mm"]].join(mm.mul(scale, axis=0)).dropna().agg(["min", "max"]).dropna()
         card = Card(
-            config.size, *data.window[:3], channels=config.channels, sets=about_sets(data),
+            config.size, *data.window[:3], channels=config.channels, sets=data.info.get("sets", []),
             notes=[*filter(None, [data.window.note]), *data.info.get("joined", [])],
-             labelled=loop.taught, dataset=data.info["fingerprint"],
+            labelled=loop.taught, dataset=data.info["fingerprint"],
             spacing=mm.round(4).values.tolist(), config=asdict(config),
             metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
         )  # fmt: skip
@@ -247,7 +235,7 @@ def _fit_epochs(loop, loaders, tally, history, data, out, config, watch, begun):
             freeze_encoder(loop, len(history) < config.freeze_epochs)
             if _train_one(loop, loaders[0], tally, bar, config, save, begun):
                 return say(out, f"time is up in epoch {len(history) + 1}")
-            row = _row(len(history) + 1, tally, loop, data, *valid_epoch(loop, loaders[1]))
+            row = _row(tally, loop, data, sampler, *valid_epoch(loop, loaders[1]))
             history.append(row)
             accelerator.log({k: v for k, v in row.items() if not math.isnan(v)}, step=len(history))
             tally = Tally()
@@ -256,7 +244,8 @@ def _fit_epochs(loop, loaders, tally, history, data, out, config, watch, begun):
                 save(tally)
                 say(out, epoch_line(history, config.epochs))
                 if len(data.sets) > 1:
-                    say(out, _seen(row))
+                    seen = (f"{n:,} {key}" for key, n in row.items() if "_of_" in key)
+                    say(out, "seen: " + ", ".join(seen).replace("_of_", " of "))
                 watch(pd.DataFrame(history))
 
 # %% ../nbs/03_train.ipynb #171f101d
@@ -310,15 +299,11 @@ def fit(
     return Run(out, out / config.checkpoint, pd.DataFrame(history), _finished(history, config))
 
 # %% ../nbs/03_train.ipynb #37c93834
-def open_for_training(
-    folders: str | Path | Sequence,  # one dataset folder, or several
-    config: FitConfig,
-    window: Window | None = None,  # to bring the pictures to
-) -> SliceData:
+def open_for_training(folders, config: FitConfig, window: Window | None = None) -> SliceData:
     "The dataset, split as the settings say; raises `DataError` if no epoch could be the best."
     data = open_sets(folders, config.fold, window)
-    if config.weights and len(config.weights) != len(data.sets):
-        raise ConfigError(f"--weights has {len(config.weights)} numbers; {len(data.sets)} fit.")
+    if config.weights and [0 < w < math.inf for w in config.weights] != [True] * len(data.sets):
+        raise ConfigError(f"--weights needs {len(data.sets)} numbers above 0, one a set.")
     if not (data.part(config.validate_on)[data.info["labelled"]] > 0).any(axis=None):
         raise DataError(
             f"{data.folder} shows no labelled organ in its {config.validate_on} slices, so no epoch"
@@ -354,22 +339,8 @@ def unlike_recipe(config: FitConfig) -> dict:  # name of the setting -> its valu
         settings |= settings.pop("augment")
     return {name: (given[name], recipe[name]) for name in given if given[name] != recipe[name]}
 
-# %% ../nbs/03_train.ipynb #314e68c9
-def _plan_sets(data, dataset, config):
-    "What each of several sets brings to an epoch."
-    loader, names = make_loader(dataset, shuffle=True, weights=config.weights), set_names(data.sets)
-    turns = sum(loader.batch_sampler.of_sets()).tolist() if len(names) > 1 else []
-    return {
-        f"set {name}": f"{', '.join(each.info['labelled'])}; {count:,} turns in an epoch"
-        for name, each, count in zip(names, data.sets, turns)
-    }
-
 # %% ../nbs/03_train.ipynb #20cae28e
-def plan_run(
-    folders: str | Path | Sequence,  # one dataset folder, or several
-    config: FitConfig,
-    window: Window | None = None,  # to bring the pictures to
-) -> Plan:
+def plan_run(folders, config: FitConfig, window: Window | None = None) -> Plan:
     "Data, steps, memory and time of a run; raises what the run would raise."
     data = open_for_training(folders, config, window)
     rows = {"training": data.part("train"), "validation": data.part(config.validate_on)}
@@ -386,7 +357,8 @@ def plan_run(
     count = "{:,} slices of {} series of {} patients".format
     lines = {
         **{k: count(len(t), t.series.nunique(), t.patient.nunique()) for k, t in rows.items()},
-        "organs": ", ".join(data.info["labelled"]), **_plan_sets(data, dataset, config),
+        "organs": ", ".join(data.info["labelled"]),
+        **{f"set {s['name']}": ", ".join(s["labelled"]) for s in data.info.get("sets", [])},
         **plan.lines, "result": config.checkpoint,
         "unlike the recipe": ", ".join(unlike) or "nothing",
         **{f"note {i}": note for i, note in enumerate(used["notes"], 1)},

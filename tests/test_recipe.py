@@ -527,8 +527,8 @@ def test_columns_of_the_history(data, tmp_path):
     run = train(data, tmp_path, replace(FIRST, epochs=1))
     columns = ["epoch", "lr", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "train_dice", "valid_dice",
                "valid_dice_liver", "valid_dice_spleen", "valid_dice_left_kidney", "valid_dice_right_kidney", "valid_dice_bowel",
-               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb", f"seen_{data.name}",
-               "pixels_liver", "pixels_spleen", "pixels_left_kidney", "pixels_right_kidney", "pixels_bowel"]  # fmt: skip
+               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb", f"slices_of_{data.name}",
+               *(f"pixels_of_{o.key}" for o in ORGANS)]  # fmt: skip
     assert list(pd.read_csv(run.folder / "history.csv")) == list(run.history) == columns
 
 

@@ -46,7 +46,7 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from ..scoring.judge import by_set, plain
+from ..scoring.judge import plain, set_scores
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
@@ -210,13 +210,12 @@ def _score(command, judge):
     result = judge(**settings, pictures=command.out / "cases")
     print("drawing the report")
     report, notes = write_evaluation(result, command.out), result.about["notes"]
-    sets = by_set(result)
-    for name in sets:
-        print(f"{name}: Dice, mean over patients", sets[name], sep="\n")
+    sets = {name: scores["dice"].round(3) for name, scores in set_scores(result).items()}
+    for name, dice in sets.items():
+        print(f"{name}: Dice, mean over patients", dice.dropna(how="all"), sep="\n")
     print("Dice, mean over patients", result, *notes, f"report: {report}", sep="\n")
-    left_out = _left_out(result.skipped)
-    dice = {"dice": result.shown(), "sets": {name: sets[name].shown() for name in sets}}
-    return {**dice, "notes": notes, "report": report, "left_out": left_out}
+    left_out = {"left_out": _left_out(result.skipped)}
+    return {"dice": result.shown(), "sets": sets, "notes": notes, "report": report, **left_out}
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
 @dataclass(frozen=True)

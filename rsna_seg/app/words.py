@@ -39,18 +39,12 @@ def path_word(
 # %% ../../nbs/app/04_words.ipynb #5db9f033
 class Folders(Command):
     "A command whose `paths` are the data, one folder or several, and the folder that it fills."
+    data = property(lambda self: self.paths[:-1])
+    out = property(lambda self: self.paths[-1])
 
     def __post_init__(self):
         if len(self.paths) < 2:
             raise ValueError("give one folder of data or several, and after them the one to fill")
-
-    @property
-    def data(self):
-        return self.paths[:-1]
-
-    @property
-    def out(self):
-        return self.paths[-1]
 
 # %% ../../nbs/app/04_words.ipynb #8fd4a839
 RULES = ConstructorRegistry()

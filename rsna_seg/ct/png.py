@@ -169,11 +169,10 @@ def grey_counts(files: list[Path]) -> np.ndarray:  # (256,)
     return counts
 
 
-def picture_key(image: np.ndarray) -> str:
-    "A hash of a picture's pixels; empty if all are one grey, as any patient's slice may be."
-    if image.min() == image.max():
-        return ""
-    return hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
+def picture_key(image: np.ndarray) -> str | None:
+    "A hash of a picture's pixels; None if all are one grey, as any patient's slice may be."
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
+    return digest if image.min() < image.max() else None
 
 # %% ../../nbs/ct/03_png.ipynb #0c987bc4
 _STEPS = {"raw": 1, "x40": 40, "x51": 51}

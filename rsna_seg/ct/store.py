@@ -78,9 +78,8 @@ def _write_png(path, pixels):
 def _write_plane(case, folder, size, shown, z, grey, classes, place):
     "Writes a slice's files; its row of the manifest."
     name = f"{case_name(case)}_{z:04d}.png"
-    grey_square, (rows, cols) = to_square(grey, size), grey.shape
-    data, mask = _write_png(folder / "images" / name, grey_square), None
-    pixels = dict.fromkeys(o.key for o in ORGANS)
+    square, pixels = to_square(grey, size), dict.fromkeys(o.key for o in ORGANS)
+    data, mask, (rows, cols) = _write_png(folder / "images" / name, square), None, grey.shape
     if classes is not None:
         classes = to_square(cv2.LUT(classes, shown), size, mask=True)
         data += _write_png(folder / "masks" / name, classes)
@@ -90,7 +89,7 @@ def _write_plane(case, folder, size, shown, z, grey, classes, place):
     return {
         "image": f"images/{name}", "mask": mask, "patient": case.patient, "series": case.series,
         "z": z, "rows": rows, "cols": cols, **place, **pixels, "incomplete": case.incomplete,
-        "sha256": hashlib.sha256(data).hexdigest(), "picture": png.picture_key(grey_square),
+        "sha256": hashlib.sha256(data).hexdigest(), "picture": png.picture_key(square),
     }  # fmt: skip
 
 # %% ../../nbs/ct/10_store.ipynb #f1d523d9
@@ -139,11 +138,12 @@ class SliceData:
     manifest: pd.DataFrame  # one row a slice
     info: dict  # dataset.json: kind, size, window, labelled organs, notes, fingerprint
     skipped: pd.DataFrame  # series that could not be read: patient, series, source, reason
+    parts: dict | None = None  # `sets`, where several folders are one
 
     @property
-    def sets(self) -> tuple:
-        "The folders that it is made of, each as it is by itself."
-        return (self,)
+    def sets(self):
+        "The name of each folder that it is made of -> the folder by itself."
+        return self.parts or {self.folder.name: self}
 
     def part(self, split: str):  # "train" or "valid"
         "The manifest's rows of one split; raises `DataError` if there are none."

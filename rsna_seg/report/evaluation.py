@@ -24,10 +24,10 @@ from rsna_seg.report.plots import (
     case_panels, confusion_matrix, dice_by_volume, mosaic, organ_bars, organ_dots,
     reliability_curves, roc_curves, save_png, training_curves,
 )  # fmt: skip
-from ..scoring.intervals import MEAN, interval_table, interval_text, patient_means
+from ..scoring.intervals import MEAN, interval_text
 from rsna_seg.scoring.judge import (
-    LIBRARIES, CaseSlices, Evaluation, by_set, calibration, levels, metrics, patient_scores, plain,
-    states,
+    LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain,
+    set_scores, states,
 )  # fmt: skip
 from ..scoring.metrics import METRICS, class_outcomes, pixel_accuracy, side_confusion
 
@@ -265,18 +265,14 @@ def _cases(result):
     )  # fmt: skip
 
 # %% ../../nbs/report/02_evaluation.ipynb #bf00bc9d
-def _sets(result):
+def _sets(result, scores):
     "The part on each of several sets."
-    parts, rows = by_set(result), {}
-    if not parts:
-        return []
-    for name, part in {**parts, "all together": result}.items():
-        dice = interval_table(patient_means(part.volumes, "dice"))
-        texts = {NAMES[key]: interval_text(row) for key, row in dice.iterrows()}
-        rows[name] = {"patients": dice.loc[MEAN, "n"], **texts}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("set")
+    tables = {**set_scores(result), "all together": scores}
+    rows = {name: each["dice"].apply(interval_text, axis=1) for name, each in tables.items()}
+    table = pd.DataFrame(rows).T.rename(columns=NAMES).rename_axis("set")
     text = "Dice, mean over patients. All together has each organ from the sets that label it."
-    return [Section("Each set", text, table, absent="not labelled in this set, or absent")]
+    section = Section("Each set", text, table, absent="not labelled in this set, or absent")
+    return [section] if len(tables) > 1 else []
 
 # %% ../../nbs/report/02_evaluation.ipynb #2ea883b5
 _LEVELS = (
@@ -325,7 +321,7 @@ def _sections(result, scores, drawn):
         return [Section(title, figure=drawn[name], caption=caption)] if name in drawn else []
 
     return [
-        organs, *_sets(result),
+        organs, *_sets(result, scores),
         *figure("examples", "Worst, median and best", "Of each volume the slice with the most wrong"
                 " pixels. The patient's left is on the right of the image."),
         _cases(result),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIBRARIES', 'Spacing', 'VolumeTally', 'slices_to_show', 'CaseSlices', 'Evaluation', 'Judge', 'levels',
-           'patient_scores', 'states', 'calibration', 'plain', 'by_set', 'metrics']
+           'patient_scores', 'states', 'calibration', 'plain', 'set_scores', 'metrics']
 
 # %% ../../nbs/scoring/02_judge.ipynb #39ea7be2
 import copy
@@ -186,8 +186,7 @@ class _Case:
 
     def __init__(self, judge, patient, series, spacing, shown, labelled):
         self.patient, self.series, self.judge, self.z = patient, series, judge, []
-        self.labelled = judge.labelled if labelled is None else labelled
-        self.tally = VolumeTally(self.labelled, spacing, judge.tolerance)
+        self.labelled, self.tally = labelled, VolumeTally(labelled, spacing, judge.tolerance)
         self.slices = CaseSlices(case_name(self), shown)
 
     def add(
@@ -244,8 +243,8 @@ class Judge:
         labelled: list[str] | None = None,  # what its set labels; all if None
     ):
         "Takes a volume's slices; one that raises an `RsnaSegError` is skipped, the others go on."
-        case = _Case(self, patient, series, spacing, shown, labelled)
         before = copy.deepcopy(self.roc)
+        case = _Case(self, patient, series, spacing, shown, labelled or self.labelled)
         try:
             yield case
             case.check()
@@ -256,9 +255,10 @@ class Judge:
             return
         if self.draw:
             self.draw(case.slices)
-        names = {"patient": patient, "series": series, "set": set_name}
-        rows = rows.assign(**names)[[*names, *rows]]
-        slices = pd.DataFrame({**names, "z": case.z})
+        rows.insert(0, "patient", patient)
+        rows.insert(1, "series", series)
+        rows.insert(2, "set", set_name)
+        slices = pd.DataFrame({"patient": patient, "series": series, "z": case.z})
         self.done.append((rows, slices, counts))
 
     def skip(self, patient, series, reason):
@@ -347,26 +347,11 @@ def plain(
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../../nbs/scoring/02_judge.ipynb #13f134d5
-def by_set(result: Evaluation) -> dict:  # name -> Evaluation
-    "The result of each set by itself, without curves; none if there are not several."
-    volumes, parts = result.volumes, {}
-    names = volumes["set"].unique() if "set" in volumes else []
-    for name in names if len(names) > 1 else []:
-        rows, here = volumes[volumes["set"] == name], (result.slices["set"] == name).to_numpy()
-        shown = set(rows.organ[rows.state != "not labelled"])
-        own = {"volumes": rows, "slices": result.slices[here], "counts": result.counts[here]}
-        labelled = [key for key in result.labelled if key in shown]
-        parts[name] = replace(result, **own, labelled=labelled, roc=None)
-    return parts
-
-
-def _in_short(result):
-    "What metrics.json says of one of several sets."
-    return {
-        "labelled": result.labelled, "patients": result.volumes.patient.nunique(),
-        "volumes": len(result.volumes) // len(ORGANS), "slices": len(result.slices),
-        "mean_over_patients": patient_scores(result), "states": states(result),
-    }  # fmt: skip
+def set_scores(result: Evaluation) -> dict:  # name -> scores of `patient_scores`
+    "The scores of each set by itself; none if there are not several."
+    sets = result.volumes.groupby("set", sort=False)
+    scores = {name: patient_scores(replace(result, volumes=rows)) for name, rows in sets}
+    return scores if len(scores) > 1 else {}
 
 # %% ../../nbs/scoring/02_judge.ipynb #c947f651
 def metrics(result: Evaluation) -> dict:
@@ -383,7 +368,7 @@ def metrics(result: Evaluation) -> dict:
         "patients": result.volumes.patient.nunique(),
         "volumes": len(result.volumes[["patient", "series"]].drop_duplicates()),
         "slices": len(result.slices), "skipped": result.skipped.to_dict(orient="records"),
-        "sets": {name: _in_short(part) for name, part in by_set(result).items()},
+        "sets": set_scores(result),
         "pixel_accuracy": pixel_accuracy(matrix), "side_confusion": side_confusion(matrix),
         "pooled": pooled.assign(pixels=matrix.sum(axis=1)),
         "mean_over_patients": patient_scores(result),

@@ -30,8 +30,11 @@ class Confusion:
         self,
         prediction: torch.Tensor | np.ndarray,  # class of each pixel, 0..5, any shape
         truth: torch.Tensor | np.ndarray,  # class of each pixel, 0..5, same shape
+        told: torch.Tensor | None = None,  # bool, (slices, class), of slices that tell some apart
     ):
-        "Add these pixels to the counts."
+        "Add these pixels to the counts; an organ that a slice does not tell apart is background."
+        if told is not None:
+            prediction = prediction * told.gather(1, prediction.flatten(1)).view_as(prediction)
         n, both = len(CLASSES), (torch.as_tensor(prediction), torch.as_tensor(truth))
         p, t = (x if x.dtype == torch.uint8 else x.long() for x in both)
         if p.shape != t.shape:
