@@ -71,11 +71,12 @@ def check_folder(
     out = Path(out).absolute()
     try:
         with tempfile.TemporaryFile(dir=next(p for p in (out, *out.parents) if p.exists())):
-            files = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
+            below = (file for path in out.glob("[!.]*") for file in (path, *path.rglob("[!.]*")))
+            foreign = bool(own) and any(path.is_file() for path in below)
     except OSError as error:
         why = error.strerror or error
         raise OutputError(f"{out} cannot be written to ({why}); choose another folder.") from error
-    if own and files and not any(any(out.glob(pattern)) for pattern in own):
+    if foreign and not any(any(out.glob(pattern)) for pattern in own):
         what = f"{out} holds files, and none that this command writes there"
         raise OutputError(f"{what}; choose a new folder, such as {out / 'rsna_seg'}.")
 

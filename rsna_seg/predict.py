@@ -28,6 +28,7 @@ from . import __version__
 from .anatomy.checks import check_segmentation
 from .anatomy.measure import find_body, organ_facts
 from .anatomy.repair import PostprocessConfig, postprocess
+from .ct.dicom import nameless, patient_and_study
 from .ct.inputs import opened
 from .ct.nifti import save_nifti
 from .ct.organs import CLASSES, ORGAN, ORGANS, palette
@@ -62,6 +63,8 @@ class Segmentation:
     card: Card = Card(versions={})  # of the network: its window, and what it was taught
     made_with: dict = field(default_factory=dict)  # from `Predictor.made_with`
     changes: pd.DataFrame | None = None  # what post-processing changed
+    sure: np.ndarray | None = None  # of each voxel's class, 0 to 255 for 0 to 1, as the mask
+    anonymous: bool = False  # whether the page leaves out patient, study and names of files
 
     @cached_property
     def facts(self):
@@ -170,6 +173,7 @@ class PredictConfig:
     crop: bool = True  # leave out air and table around the body, and slices without a body
     window_of_png: tuple[float, float] | None = None  # level and width of PNGs; else the network's
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    anonymous: bool = False  # leave patient, study and names of files out of report.html
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -242,13 +246,15 @@ class Predictor:
         self,
         scan: Scan | str | Path,  # a scan, or what `read_input` takes: DICOM, NIfTI, PNG
         probabilities: str | Path | None = None,  # write them too, to this HDF5 file
+        sure: bool = False,  # keep how sure the network is of each voxel, for the page
     ) -> Segmentation:
         "The scan's organs; raises `ScanError` if it cannot be read."
         if not isinstance(scan, Scan):
             with opened(scan, None, None, *self.png_window) as scan:
-                return self(scan, probabilities)
+                return self(scan, probabilities, sure)
         box, ranks = plan_work(scan, self.card, self.config.crop)
         mask, shape = np.zeros(scan.hu.shape, np.uint8), scan.hu.shape[1:]
+        sure = np.full_like(mask, 255) if sure else None
         stored = nullcontext()
         if probabilities:
             from rsna_seg.ct.outputs import probability_file  # SciPy: a second, for few
@@ -259,12 +265,17 @@ class Predictor:
                 squares = squares_of(scan.hu, z, self.card)
                 logits = mean_logits(self.engines, squares, self.card.labelled, box)
                 mask[z] = classes_on_scan(logits, box, self.card.size, shape)
+                if stored is None and sure is None:
+                    continue
+                shares = on_scan(logits, box, self.card.size, shape).softmax(1)
+                if sure is not None:
+                    sure[z] = (shares.amax(1) * 255).round().byte().cpu().numpy()
                 if stored is not None:
-                    shares = on_scan(logits, box, self.card.size, shape).softmax(1)
                     for k, planes in zip(z, shares.half().cpu().numpy()):
                         stored[k] = planes
         mask, changes = postprocess(mask, scan, self.config.postprocess)
-        return Segmentation(mask, scan, self.card, self.made_with, changes)
+        made = self.made_with, changes, sure, self.config.anonymous
+        return Segmentation(mask, scan, self.card, *made)
 
 # %% ../nbs/06_predict.ipynb #6124ef2e
 @dataclass(frozen=True)
@@ -300,20 +311,23 @@ def write_page(result: Segmentation, path: Path):
     "Writes report.html."
     from rsna_seg.report.scan import write_scan_report
 
-    scan, found = result.scan, result.organs.ml[result.organs.ml > 0]
-    volumes = ", ".join(f"{ORGAN[key].name.lower()} {ml:.0f} ml" for key, ml in found.items())
-    spacing = " x ".join(f"{mm:.2f}" for mm in scan.spacing) + " mm (between slices, rows, columns)"
-    summary = [
-        f"{len(scan.hu):,} slices, {spacing if scan.source.measured else 'spacing not known'}.",
-        *([f"{volumes}."] if volumes else []),
-        "The outlines were drawn by a network and checked by no one.",
-    ]
-    warnings = [finding.text for finding in result.findings]
-    words = ", ".join(f"{name} {value}" for name, value in result.record.items())
-    made = [f"Made with {words}."] if words else []
+    scan, record = result.scan, result.record
+    who, instances = patient_and_study(scan)
+    spacing = " × ".join(f"{mm:.2f}" for mm in scan.spacing) + " mm between slices, rows, columns"
+    facts = {} if result.anonymous else who
+    facts["Scan"] = f"{len(scan.hu):,} slices, {spacing if scan.source.measured else 'no spacing'}"
+    if record:
+        made = "rsna_seg {rsna_seg}, {checkpoint}, {engine} in {precision}, {date:.16}"
+        facts["Made with"] = made.format(**record)
+    facts["Outlines"] = "drawn by a network, checked by no one"
+    words = ", ".join(f"{name} {value}" for name, value in record.items())
+    notes = [*result.notes, *([f"Made with {words}."] if words else [])]
+    title = scan.name
+    if result.anonymous:
+        title, notes = "Scan", nameless(notes, scan)
     write_scan_report(
-        path, scan.name, summary, result.organs, warnings, result.grey(), result.mask,
-        scan.spacing, [*result.notes, *made],
+        path, title, scan, result.mask, result.organs, result.findings, facts, notes,
+        window=(result.card.level, result.card.width), sure=result.sure, instances=instances,
     )  # fmt: skip
 
 # %% ../nbs/06_predict.ipynb #3f6e793b

@@ -35,7 +35,7 @@ from .engines.engines import idle_gpu
 from .files import ConfigError, DataError, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
-from .training.log import Run, begin_log, check_begun, epoch_line, open_run, say
+from .training.log import Run, check_begun, epoch_line, open_run, say
 from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
@@ -166,7 +166,8 @@ def _describe(out, settings, used, accelerator):
     if accelerator.is_main_process:
         with writing(out), whole_file(out / "config.json") as part:
             part.write_text(json.dumps({**settings, "used": used}, indent=2))
-        begin_log(out, used)
+        for line in (f"{used['device']}, precision {used['precision']}", *used["notes"]):
+            say(out, line)
     numbers = {k: v for k, v in {**settings, **used}.items() if isinstance(v, (int, float, str))}
     accelerator.init_trackers("rsna_seg", config=numbers)
 

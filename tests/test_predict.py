@@ -481,13 +481,37 @@ def test_a_browser_opens_the_report(browser, place, net, capsys, tmp_path):
     code, said, complaints = rsna_seg(capsys, net, place / "series", tmp_path / "out", "--outputs", "report")
     assert code == 0, complaints
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["report.html"]
-    texts = [f.text for f in Predictor(net, PredictConfig("torch"))(place / "series").findings]
-    assert len(texts) >= 2 and all(f"check: {text}" in said for text in texts)
+    findings = Predictor(net, PredictConfig("torch"))(place / "series").findings
+    assert len(findings) >= 2 and all(f"check: {f.text}" in said for f in findings)
     with opened(browser, tmp_path / "out" / "report.html") as (page, seen):
-        page.locator("canvas").wait_for()
-        assert page.get_by_role("note", name="Please check").get_by_role("listitem").all_inner_texts() == texts
+        page.locator(".viewer[data-ready]").wait_for()
+        assert page.get_by_role("note", name="Please check").get_by_role("listitem").all_inner_texts() == [f.text for f in findings if not f.organ]
+        assert page.locator(".organs .warning").all_inner_texts() == [f"⚠ {f.text}" for o in ORGANS for f in findings if f.organ == o.key]
+        assert page.get_by_role("checkbox", name="Unsure").count() == 1
         assert page.get_by_role("table", name="Organs").get_by_role("rowheader").all_inner_texts() == [o.name for o in ORGANS]
         assert seen.problems == [] and seen.elsewhere == []
+
+
+def test_the_page_names_patient_and_study_unless_anonymous(place, net, phantom, capsys, tmp_path):
+    "What the files say of them, and instance numbers as they stand in the files; anonymous leaves out the names, and those of folders and files."
+    folder = tmp_path / "Doe_Jane"
+    write_series(folder, phantom.hu, phantom.affine)
+    for path in folder.glob("*.dcm"):
+        header = pydicom.dcmread(path)
+        header.PatientName, header.PatientID, header.PatientBirthDate = "DOE^JANE", "P-77", "19610504"
+        header.StudyDate, header.StudyDescription, header.AccessionNumber = "20230531", "CT ABDOMEN", "ACC-9"
+        header.save_as(path)
+    header.ImageType, header.SOPInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], header.SOPInstanceUID + ".1"
+    header.save_as(folder / "localizer_doe.dcm")  # left out, as a note says
+    names = ("DOE JANE", "P-77", "1961-05-04", "2023-05-31", "CT ABDOMEN", "ACC-9")
+    pages = {}
+    for flags in ([], ["--anonymous"]):
+        code, said, complaints = rsna_seg(capsys, net, folder, tmp_path / f"out{len(flags)}", "--outputs", "report", *flags)
+        assert code == 0, complaints
+        pages[len(flags)] = (tmp_path / f"out{len(flags)}" / "report.html").read_text("utf-8")
+    assert "localizer_doe.dcm is left out" in pages[0]
+    assert all(name in pages[0] for name in names) and "<h1>Doe_Jane</h1>" in pages[0] and '"instances": ["' in pages[0]
+    assert [name for name in (*names, "Doe", "localizer", str(tmp_path)) if name in pages[1]] == [] and "<h1>Scan</h1>" in pages[1]
 
 
 HEAVY = {"accelerate", "albumentations", "cc3d", "h5py", "highdicom", "huggingface_hub", "matplotlib", "monai", "onnx", "onnxruntime", "openvino",

@@ -24,6 +24,7 @@ import rsna_seg.model
 import rsna_seg.train
 from rsna_seg.app.cli import main
 from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare

@@ -224,7 +224,7 @@ def test_a_lost_run_goes_on_as_if_nothing_had_been(resumed, place):
 def test_one_process_speaks(resumed, place):
     [printed, progress], other = resumed
     lines = printed.splitlines()
-    assert lines[0].startswith("goes on: 2 x cpu") and lines[-1].startswith("best epoch ")
+    assert lines[0].startswith("cpu, precision") and lines[-1].startswith("best epoch ")
     assert sum(line.startswith("epoch 2/2: ") for line in lines) == 1
     assert "epoch 2/2: 100%" in progress and (place / "killed" / "training_curves.png").exists()
     assert other == ["", ""]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Body', 'find_body', 'midline', 'pieces', 'organ_boxes', 'box_ml', 'left_share', 'wrong_sides', 'outline_rims',
-           'edge_score', 'Slice', 'measure', 'organ_facts']
+           'edge_score', 'Slice', 'measure', 'slice_origins', 'organ_facts']
 
 # %% ../../nbs/anatomy/00_measure.ipynb #ce27e50c
 from collections.abc import Iterable
@@ -334,8 +334,8 @@ def measure(
     return (organs if known else organs.assign(ml=np.nan)).iloc[1:], black
 
 # %% ../../nbs/anatomy/00_measure.ipynb #041ecc2b
-def _slice_origins(scan):
-    "Where the first voxel of each slice lies, mm LPS, (z, 3)."
+def slice_origins(scan: Scan) -> np.ndarray:  # mm LPS, (z, 3)
+    "Where the first voxel of each slice lies, by the slices' true positions."
     step = scan.affine[:3, 0]
     if len(scan.positions) < 2:
         return scan.affine[None, :3, 3]
@@ -351,6 +351,6 @@ def organ_facts(
     scan: Scan,
 ) -> pd.DataFrame:  # a row an organ: ml, voxels, mean_hu, x_mm, y_mm, z_mm (centre, LPS), edges
     "Volume, mean HU, place and cutting edges of each organ; 0 ml and NaN for one that is absent."
-    slices = map(Slice, scan.hu, mask, _slice_origins(scan), scan.slice_mm)
+    slices = map(Slice, scan.hu, mask, slice_origins(scan), scan.slice_mm)
     organs, _ = measure(slices, scan.affine[:3, 1], scan.affine[:3, 2])
     return organs.rename(columns={"mean": "mean_hu"})[_FACTS]

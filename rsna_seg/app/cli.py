@@ -45,7 +45,7 @@ EXAMPLES = {  # each two, without `rsna_seg COMMAND`
     "predict": ("b.pth dicom-folder organs", "b.pth scans organs --outputs seg report --jobs 4"),
     "export": ("b.pth exported --formats onnx", "b.pth exported --push OWNER/NAME"),
     "info": ("", "--json > info.json"),
-    "completion": ("fish > ~/.config/fish/completions/rsna_seg.fish", "bash >> ~/.bashrc"),
+    "completion": ("bash > rsna_seg.bash", "fish > ~/.config/fish/completions/rsna_seg.fish"),
 }
 
 # %% ../../nbs/app/00_cli.ipynb #08755af8
@@ -75,30 +75,30 @@ def _sentence(error):
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 # %% ../../nbs/app/00_cli.ipynb #22ae33e6
-def _begin(name, arguments):
-    "The command, ready to run, and the module of its class. Exits if the words do not fit."
-    words = import_module("rsna_seg.app.words")
-    if "torch" not in sys.modules:
-        quiet = words.read_words(name, arguments).quiet
-        os.environ["TQDM_BAR_FORMAT"] = words.BAR
-        os.environ |= {"TQDM_DISABLE": "1"} if quiet else {}
-        if not quiet and os.environ.get("RANK", "0") == "0":
-            print("loading PyTorch and the other libraries", file=sys.stderr, flush=True)
-    commands = import_module("rsna_seg.app.commands")
-    return commands.parse(name, arguments), commands
+def _prepare_terminal(command, words):
+    "How bars look and are written; a line before the libraries are loaded, which takes seconds."
+    os.environ["TQDM_BAR_FORMAT"] = words.BAR
+    if command.quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    elif os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch and the other libraries", file=sys.stderr, flush=True)
 
 # %% ../../nbs/app/00_cli.ipynb #ae91d6d5
 def _perform(name, arguments):
     "Runs a command; returns 1 if it left something out, else 0."
-    command, commands = _begin(name, arguments)
-    err = sys.stderr if sys.stderr.isatty() else commands.PipedBars(sys.stderr)
+    words = import_module("rsna_seg.app.words")
+    if "torch" not in sys.modules:
+        _prepare_terminal(words.read_words(name, arguments), words)
+    command = import_module("rsna_seg.app.commands").parse(name, arguments)
+    err = sys.stderr if sys.stderr.isatty() else words.PipedBars(sys.stderr)
     out = io.StringIO() if command.quiet else err if command.json else sys.stdout
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each line at its time
     with redirect_stderr(err), redirect_stdout(out):
         results = command.run() or {}
     if command.json and results:
-        print(json.dumps(commands.plain(results), indent=2, default=str))
+        plain = import_module("rsna_seg.scoring.judge").plain
+        print(json.dumps(plain(results), indent=2, default=str))
     return int(bool(results.get("left_out")))
 
 # %% ../../nbs/app/00_cli.ipynb #65ea2fbf

@@ -24,8 +24,7 @@ from .cli import COMMANDS, EXAMPLES
 from .demo import DemoConfig, demo
 from .info import Info
 from .many import Job, predict_many
-from .words import Command, Folders, PipedBars, read
-from .words import path_word as _path
+from .words import Command, Folders, path_word as _path, read
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
@@ -46,7 +45,7 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
-from ..scoring.judge import plain, set_scores
+from ..scoring.judge import set_scores
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
@@ -59,7 +58,7 @@ def parse(
         return read(globals()[name.capitalize()], list(map(str, arguments)), f"rsna_seg {name}")
     except SystemExit as end:
         if not end.code:  # --help
-            examples = (f"  rsna_seg {name} {example}" for example in EXAMPLES[name])
+            examples = (f"  rsna_seg {name} {example}".rstrip() for example in EXAMPLES[name])
             print("examples:", *examples, sep="\n")
         raise
 
@@ -101,9 +100,8 @@ class Prepare(Command):
         print(f"{self.source} is read as: {data.info['kind']}", *data.info["notes"], sep="\n")
         print(f"{self.dest}: {len(data.manifest)} slices, patients by split {patients}")
         print(f"labelled: {', '.join(data.info['labelled'])}")
-        facts = {key: data.info[key] for key in ("kind", "slices", "labelled", "notes")}
-        left_out = _left_out(data.skipped)
-        return {"folder": self.dest, **facts, "patients": patients, "left_out": left_out}
+        results = {key: data.info[key] for key in ("kind", "slices", "labelled", "notes")}
+        return {**results, "patients": patients, "left_out": _left_out(data.skipped)}
 
 # %% ../../nbs/app/01_commands.ipynb #a06db1cf
 @dataclass(frozen=True)
@@ -138,21 +136,19 @@ def _print_plan(command, window=None):
 # %% ../../nbs/app/01_commands.ipynb #7b7dd359
 def _show_run(run):
     "Draws the curves into the run's folder and prints the best epoch."
-    if os.environ.get("RANK", "0") == "0":
-        if len(run.history):
-            save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
-            best, score = run.best.epoch, run.best.valid_dice
-            print(f"best epoch {best:.0f}, Dice of pooled pixels {score:.3f}: {run.checkpoint}")
-        if not run.finished:
-            print("time is up; to go on:", shlex.join(["rsna_seg", *sys.argv[1:]]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    best = run.best[["epoch", "valid_dice"]].to_dict() if len(run.history) else {}
-    facts = {"run": run.folder, "checkpoint": run.checkpoint, "finished": run.finished, **best}
-    return facts if os.environ.get("RANK", "0") == "0" else {}
-
-# %% ../../nbs/app/01_commands.ipynb #3fd30005
-_RUN = "config.json", "train.log", "last"  # what stands in a run's folder
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    results = {"run": run.folder, "checkpoint": run.checkpoint, "finished": run.finished}
+    if len(run.history):
+        save_png(training_curves(run.history), run.folder / "training_curves.png", dpi=160)
+        results |= {"best_epoch": int(run.best.epoch), "dice": run.best.valid_dice}
+        best = f"best epoch {results['best_epoch']}, Dice of pooled pixels {results['dice']:.3f}"
+        print(f"{best}: {run.checkpoint}")
+    if not run.finished:
+        print("time is up; to go on:", shlex.join(["rsna_seg", *sys.argv[1:]]))
+    return results
 
 # %% ../../nbs/app/01_commands.ipynb #a74722dc
 @dataclass(frozen=True)
@@ -165,7 +161,7 @@ class Train(Folders):
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self):
-        check_folder(self.out, *_RUN)
+        check_folder(self.out, "config.json", "train.log", "last")
         if self.dry_run:
             return _print_plan(self)
         return _show_run(train(self.data, self.out, self.config))
@@ -182,7 +178,7 @@ class Finetune(Folders):
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self):
-        check_folder(self.out, *_RUN)
+        check_folder(self.out, "config.json", "train.log", "last")
         if self.dry_run:
             return _print_plan(self, seen_window(load_checkpoint(self.checkpoint)[1]))
         return _show_run(finetune(self.checkpoint, self.data, self.out, self.config))
@@ -205,7 +201,8 @@ _NOT_SCORED = "out", "paths", "quiet", "json"  # what a judge is not told
 def _score(command, judge):
     "Writes a report, prints the Dice of each organ and what was left out."
     check_folder(command.out, "report.html", "metrics.json", "cases")
-    settings = {key: value for key, value in vars(command).items() if key not in _NOT_SCORED}
+    own = "out", "paths", "quiet", "json"
+    settings = {key: value for key, value in vars(command).items() if key not in own}
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     print("drawing the report")
@@ -214,8 +211,8 @@ def _score(command, judge):
     for name, dice in sets.items():
         print(f"{name}: Dice, mean over patients", dice.dropna(how="all"), sep="\n")
     print("Dice, mean over patients", result, *notes, f"report: {report}", sep="\n")
-    left_out = {"left_out": _left_out(result.skipped)}
-    return {"dice": result.shown(), "sets": sets, "notes": notes, "report": report, **left_out}
+    results = {"dice": result.shown(), "sets": sets, "notes": notes, "report": report}
+    return {**results, "left_out": _left_out(result.skipped)}
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
 @dataclass(frozen=True)
@@ -281,20 +278,19 @@ def _predict_scan(command):
     "One scan: its organs, what to look at, and where the files are."
     print("loading the network; the first time, the fastest engine is found out")
     predictor = Predictor([command.checkpoint, *command.also], command.config)
-    print(predictor)
-    print(f"reading {command.scan}")
+    print(predictor, f"reading {command.scan}", sep="\n")
     with opened(command.scan, command.series, command.spacing, *predictor.png_window) as scan:
         check_outputs(command.outputs, scan)
         file = command.out / "probabilities.h5" if command.probabilities else None
-        result = predictor(scan, file)
+        result = predictor(scan, file, "report" in command.outputs)
         print("writing", ", ".join(command.outputs))
         save_segmentation(result, command.out, command.outputs)
     print(result.organs[["ml", "voxels", "mean_hu", "edges"]].round(1).to_string(na_rep="-"))
     findings = [finding.text for finding in result.findings]
     print(*(f"check: {text}" for text in findings), *result.notes, sep="\n")
     print(f"files: {command.out}")
-    facts = {"organs": result.organs, "findings": findings, "notes": result.notes}
-    return {**facts, "made_with": result.made_with, "files": command.out}
+    results = {"organs": result.organs, "findings": findings, "notes": result.notes}
+    return {**results, "files": command.out}
 
 # %% ../../nbs/app/01_commands.ipynb #e2ca1434
 def _predict_scans(command):
@@ -310,10 +306,6 @@ def _predict_scans(command):
     print(f"{len(findings)} findings in {findings.scan.nunique()} of them: {out / 'findings.csv'}")
     left_out = failed.to_dict(orient="records")
     return {"scans": scans, "volumes": volumes.to_dict(orient="records"), "left_out": left_out}
-
-# %% ../../nbs/app/01_commands.ipynb #bdfdf122
-_WRITTEN = [output.file for output in OUTPUTS.values()]
-_PREDICTED = "volumes.csv", "probabilities.h5", ".failed", *_WRITTEN, *(f"*/{n}" for n in _WRITTEN)
 
 # %% ../../nbs/app/01_commands.ipynb #5de880ff
 @dataclass(frozen=True)
@@ -338,7 +330,8 @@ class Predict(Command):
             table, notes = (series := list_series(self.scan)), series.attrs["notes"]
             print(table.to_string(index=False), *notes, sep="\n")
             return {"series": table.to_dict(orient="records"), "notes": notes}
-        check_folder(self.out, *_PREDICTED)
+        written = [pattern + o.file for o in OUTPUTS.values() for pattern in ("", "*/")]
+        check_folder(self.out, "volumes.csv", "probabilities.h5", ".failed", *written)
         if self.measure_again:
             forget_engines()
         if self.series is None and not is_one_scan(self.scan):

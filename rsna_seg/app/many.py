@@ -42,6 +42,7 @@ class Job:
         "Changes with the weights and with the settings that change the files."
         weights = [file_sha256(path) for path in self.checkpoints]
         config = [self.config.engine, self.config.crop, repr(self.config.postprocess)]
+        config += ["anonymous"] * self.config.anonymous
         config += self.config.window_of_png or ()
         parts = [weights, config, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -96,7 +97,8 @@ def predict_one(job: Job, row: dict, fingerprint: str) -> dict:  # as for `read_
         with opened(*given) as scan, writing(out):
             check_outputs(job.outputs, scan)
             path.unlink(missing_ok=True)
-            result = predictor(scan, out / "probabilities.h5" if job.probabilities else None)
+            file = out / "probabilities.h5" if job.probabilities else None
+            result = predictor(scan, file, "report" in job.outputs)
             save_segmentation(result, out, job.outputs)
         record["rows"] = as_json(result.organs.reset_index())
         record["findings"] = [vars(finding) for finding in result.findings]

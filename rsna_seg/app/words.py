@@ -29,10 +29,7 @@ class Command:
     at_once: ClassVar[bool] = False  # whether it does its work without a library
 
 # %% ../../nbs/app/04_words.ipynb #db430269
-def path_word(
-    name: str,  # as a user reads it in the usage line
-    kind: type = Path,
-):
+def path_word(name: str, kind: type = Path):  # as a user reads it in the usage line; or several
     "The type of a path, or of several, that is given without a flag."
     return Annotated[Positional[kind], arg(metavar=name)]
 
@@ -65,14 +62,10 @@ def _any_number(setting: PrimitiveTypeInfo):
     )
 
 
-def read(
-    command: type,  # a class, or a union of classes
-    words: list[str],
-    name: str,  # for the usage line
-):
+def read(command: type, words: list[str], program: str):  # a class or a union of classes
     "The command with what the words say; exits with 2 and a message if they do not fit."
-    marks = (tyro.conf.DisallowNone,)
-    return tyro.cli(command, args=words, prog=name, config=marks, registry=RULES)
+    rules = {"config": (tyro.conf.DisallowNone,), "registry": RULES}
+    return tyro.cli(command, args=words, prog=program, **rules)
 
 # %% ../../nbs/app/04_words.ipynb #6aebe1a2
 class Absent(MagicMock):
@@ -93,10 +86,7 @@ def _import_ours(name, asking=None, *how):
     return _import(name, asking, *how)
 
 # %% ../../nbs/app/04_words.ipynb #c8fa84ab
-def read_words(
-    name: str,  # of the command
-    arguments: list,  # the words after it
-):  # an object of the command's class, to look at
+def read_words(name: str, arguments: list) -> Command:  # not to run, unless it says `at_once`
     "What `commands.parse` gives, without loading the libraries; exits as that does."
     before = set(sys.modules)
     try:

@@ -18,7 +18,7 @@ function sortTable(button) {
   head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
 }
 document.addEventListener("click", event => {
-  const button = event.target.closest("th button");
+  const button = event.target.closest("thead button");
   if (button) sortTable(button);
 });
 document.documentElement.classList.add("scripted");
