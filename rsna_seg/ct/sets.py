@@ -8,7 +8,6 @@ __all__ = ['window_table', 'common_window', 'find_persons', 'open_sets']
 # %% ../../nbs/ct/14_sets.ipynb #2e81bb02
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,20 +35,16 @@ def window_table(
     return table
 
 # %% ../../nbs/ct/14_sets.ipynb #4e11f212
-def common_window(
-    windows: Sequence[png.Window],  # of the sets
-) -> png.Window:  # as sure as the surest of them
-    "The window that pictures of several sets are brought to."
+def common_window(windows: Sequence[png.Window]) -> png.Window:  # of the sets
+    "The window that pictures of several sets are brought to; as sure as the surest of theirs."
     told = [each for each in windows if each.sure != "assumed"] or windows
     surest = max(told, key=lambda each: each.sure == "known")
     same = len({each[:2] for each in told}) == 1
     return png.Window(*(surest[:2] if same else (50.0, 400.0)), surest.sure)
 
 # %% ../../nbs/ct/14_sets.ipynb #47c465fb
-def find_persons(
-    slices: pd.DataFrame,  # patient and picture, the sets one after the other
-) -> dict:  # patient -> the name that the person has first; only those who have another
-    "Patients who share a picture are one person."
+def find_persons(slices: pd.DataFrame) -> dict:  # with patient and picture, set after set
+    "Patients who share a picture are one person: name -> first name of who has another."
     person = {name: name for name in slices.patient.unique()}
     order = list(person)
     for patients in slices.groupby("picture").patient.unique():
@@ -99,10 +94,9 @@ def open_sets(
     common = common or common_window(windows)
     if len(sets) == 1 and window_table(windows[0], common) is _SAME:
         return sets[0]
-    (manifest, persons, moved), parts, about, notes = _join_rows(sets, names), {}, [], []
+    (manifest, persons, moved), about, notes = _join_rows(sets, names), [], []
     for number, (data, name) in enumerate(zip(sets, names)):
         own, rows = windows[number], moved[moved.set == number]
-        parts[name] = replace(data, info={**data.info, "window": own})
         about.append({"name": name, "dataset": prints[number], "labelled": data.info["labelled"],
                       "window": own[:3], "moved": dict(zip(rows.patient, rows.side))})  # fmt: skip
         ends = own.level - own.width / 2, own.level + own.width / 2
@@ -119,4 +113,4 @@ def open_sets(
             "sets": about, "persons": persons, "joined": notes}  # fmt: skip
     folder = Path(", ".join(str(data.folder) for data in sets))
     skipped = pd.concat([data.skipped for data in sets], ignore_index=True)
-    return SliceData(folder, manifest, info, skipped, parts)
+    return SliceData(folder, manifest, info, skipped, dict(zip(names, sets)))

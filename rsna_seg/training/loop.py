@@ -302,11 +302,10 @@ def valid_epoch(
     network, device = loop.judged.eval(), loop.accelerator.device
     loss = torch.zeros((), device=device)
     confusion = Confusion(device)
-    sampler = loader.batch_sampler
-    for (images, masks), [(keys, share)] in zip(loader, sampler.steps()):
+    for (images, masks), [(keys, share)] in zip(loader, loader.batch_sampler.steps()):
         if share:  # else a batch that another process counts
             images, masks = (plane.to(device, non_blocking=True) for plane in (images, masks))
-            shown = sampler.known(keys)
+            shown = loader.batch_sampler.known(keys)
             shown = None if shown is None else shown.to(device, non_blocking=True)
             with loop.accelerator.autocast():
                 logits = network(as_input(images))
@@ -314,7 +313,7 @@ def valid_epoch(
             confusion.update(marginal_logits(logits, loop.taught).argmax(1), masks, shown)
     loss, confusion.counts = loop.accelerator.reduce((loss, confusion.counts), "sum")
     matrix = merge_unlabelled(confusion.matrix(), loop.criterion.labelled)
-    return loss.item() / sampler.slices, matrix
+    return loss.item() / loader.batch_sampler.slices, matrix
 
 # %% ../../nbs/training/00_loop.ipynb #acff2961
 def _parts(loop):
