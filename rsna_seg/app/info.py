@@ -29,9 +29,9 @@ PACKAGES = """torchvision segmentation-models-pytorch timm accelerate albumentat
 
 def describe_machine() -> dict[str, str]:
     "Versions, processor and GPUs, and a note on a GPU that PyTorch cannot use."
-    facts = {"rsna_seg": __version__, "Python": platform.python_version()}
-    facts |= {d.name: d.version for d in distributions() if d.name in PACKAGES.split()}
-    facts |= {"torch": torch.__version__, "system": platform.platform()}
+    found = {d.name: d.version for d in distributions() if d.name in PACKAGES.split()}
+    facts = {"system": platform.platform(), "Python": platform.python_version()}
+    facts |= {"rsna_seg": __version__, "torch": torch.__version__, **dict(sorted(found.items()))}
     memory, half = psutil.virtual_memory().total / 1e9, "with" if has_bf16() else "without"
     facts["cpu"] = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GB, {half} bfloat16"
     for number in range(torch.cuda.device_count()):
@@ -61,6 +61,7 @@ class Info(Command):
 
     def run(self):
         print("looking at the machine; the first time, the engines' speed is measured")
-        facts = {**describe_machine(), **describe_engines(self.size)}
+        engines = {f"engine {name}": what for name, what in describe_engines(self.size).items()}
+        facts = {**describe_machine(), **engines}
         print(*(f"{name:>27}  {value}" for name, value in facts.items()), sep="\n")
         return facts
