@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'CARD', 'check_encoder', 'imagenet_file', 'read_stored', 'build_model', 'has_bf16', 'keep_memory',
-           'as_input', 'marginal_logits', 'SegLoss', 'file_sha256', 'Card', 'write_tensors', 'save_checkpoint',
-           'load_checkpoint']
+           'four_taps', 'as_input', 'marginal_logits', 'SegLoss', 'file_sha256', 'Card', 'write_tensors',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -186,7 +186,16 @@ def keep_memory():
     "Lets this process keep freed memory for the next batch, where the C library is glibc."
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+# %% ../nbs/02_model.ipynb #e618894f
+def four_taps(
+    weight: torch.Tensor,  # of a convolution of upsampled features
+    dim: int,  # the axis, three weights long
+) -> torch.Tensor:  # four weights long there
+    "The weights of the transposed convolution with stride 2 that does both."
+    a, b, c = weight.unbind(dim)
+    return torch.stack([c, b + c, a + b, a], dim)
 
 # %% ../nbs/02_model.ipynb #4712c349
 def as_input(

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import rsna_seg.engines.engines
 import rsna_seg.scoring.surfaces
@@ -218,6 +219,25 @@ def test_the_average_of_the_weights_is_adapted_too():
     for network in (loop.network, loop.judged):
         assert [block.forward.args[0] is block for block in network.decoder.blocks] == [True] * 5
     assert loop.network is not loop.judged
+
+
+@pytest.fixture
+def networks():
+    "As it is written, as a training on a processor has it, and its average."
+    loop = make_loop(start_accelerator("no"), build_model(encoder_weights="none"), SegLoss(), ALL_ORGANS, 1e-3, 10, decay=0.9)
+    return {"as written": build_model(encoder_weights="none"), "cpu": loop.network, "its average": loop.judged}
+
+
+def test_upsampling_is_part_of_a_convolution_on_a_processor_only(networks, fake_loop):
+    "There the forward pass makes two thirds of the products; on a card the decoder stays as it is."
+    work = {}
+    for name, network in {**networks, "cuda": fake_loop().network}.items():
+        device = "cuda" if name == "cuda" else "cpu"
+        with FlopCounterMode(display=False) as counter:
+            faked(network, device)(torch.empty(BATCH, 3, SIZE, SIZE, device=device))
+        work[name] = counter.get_total_flops()
+    assert work["cuda"] == work["as written"]
+    assert work["cpu"] == work["its average"] < 0.72 * work["as written"]
 
 
 def test_the_loss_moves_fewer_bytes_than_smps():

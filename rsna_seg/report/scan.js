@@ -564,7 +564,7 @@ function startViewer(root) {
   function setTool(tool) {
     state.tool = tool;
     stage.dataset.tool = tool;
-    for (const button of root.querySelectorAll("[data-tool]")) {
+    for (const button of root.querySelectorAll("button[data-tool]")) {
       button.setAttribute("aria-pressed", button.dataset.tool === tool);
     }
   }
