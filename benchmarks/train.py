@@ -94,7 +94,7 @@ def usual(data, precision, slices, accumulation, augment, seed=0):
     return epoch, None
 
 
-WAYS = {OURS: (ours, PRECISION), OURS32: (ours, "no"), USUAL: (usual, "no")}
+WAYS = {OURS: (ours, PRECISION), OURS32: (ours, "no"), SPINNING: (ours, PRECISION), USUAL: (usual, "no")}
 
 
 @cache
@@ -138,7 +138,7 @@ def waiting(name):
 def differences(folder, pools):
     "The largest difference of a step's loss: of ours to the usual loop's, and of the usual loop's to its own under noise."
     ways = {
-        **{name: (name, *way) for name, way in WAYS.items()},
+        **{name: (name, *way) for name, way in WAYS.items() if name != SPINNING},
         "the usual loop, bf16": (USUAL, usual, "bf16"),
         "the usual loop, other batches": (USUAL, usual, "no", 1),
     }
@@ -153,34 +153,33 @@ def differences(folder, pools):
 def main():
     "Makes a dataset folder, measures and reports."
     parser = words(__doc__)
-    parser.add_argument("--busy", action="store_true", help="beside a process on each core that only counts; speeds only")
+    parser.add_argument("--busy", action="store_true", help="smaller slices, beside a process on each core that only counts; speeds only")
     args = parser.parse_args()
-    ways = {OURS: WAYS[OURS], SPINNING: WAYS[OURS], USUAL: WAYS[USUAL]} if args.busy else WAYS
-    rounds, done = (1 if args.quick else 3), {name: [] for name in ways}
+    rounds, done = (1 if args.quick else 3), {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder = Path(folder)
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in ways}
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in WAYS}
         ready = []
         for name, pool in pools.items():
             with waiting(name):
                 ready.append(pool.submit(os.getpid))  # they import while this process draws
         write_kaggle(folder / "kaggle", patients=2, slices=32)
-        data = prepare(folder / "kaggle", folder / "data", config=PrepareConfig(valid=0)).folder
+        data = prepare(folder / "kaggle", folder / "data", config=PrepareConfig(size=256 if args.busy else 512, valid=0)).folder
         wait(ready)
         for _ in range(os.cpu_count() if args.busy else 0):
             stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
 
         def epoch(name):
-            done[name].append(pools[name].submit(train, data, *ways[name], SLICES, ACCUMULATION, True).result())
+            done[name].append(pools[name].submit(train, data, *WAYS[name], SLICES, ACCUMULATION, True).result())
 
-        results = speeds({name: partial(epoch, name) for name in ways}, SLICES, "slices/s", rounds)
-        ratios = {f"{name}/{USUAL}": results[name]["median"] / results[USUAL]["median"] for name in ways if name != USUAL}
+        results = speeds({name: partial(epoch, name) for name in WAYS}, SLICES, "slices/s", rounds)
+        ratios = {f"{name}/{USUAL}": results[name]["median"] / results[USUAL]["median"] for name in WAYS if name != USUAL}
         unlike, longer = {}, None
         if not args.quick and not args.busy:
             unlike = differences(data, pools)
             longer = pools[OURS].submit(train, data, *WAYS[OURS], CURVE * BATCH, 1, True).result()
     work = 3 * gflop_of_a_slice()  # forward and backward; the counter's own backward takes depthwise convolutions for dense ones
-    for name in [] if args.busy else list(WAYS)[:-1]:
+    for name in [] if args.busy else dict.fromkeys((OURS, OURS32)):
         precision = WAYS[name][1]
         limit = products(DTYPES[precision], rounds, DEVICE)
         results[f"matrix products, {name.split()[-1]}"] = limit
