@@ -387,6 +387,13 @@ def test_help_and_one_large_plane(page):
     assert canvas(page, "coronal").is_visible() and not canvas(page, "axial").is_visible()
     box = canvas(page, "coronal").bounding_box()
     assert box["width"] > 600
+    bars = [page.locator(f"[data-plane={plane}] .bar").inner_text() for plane in ("axial", "coronal")]
+    for _ in range(5):
+        page.get_by_role("button", name="Larger").click()  # the plane that is seen
+    page.wait_for_timeout(60)
+    zoomed = [page.locator(f"[data-plane={plane}] .bar").text_content() for plane in ("axial", "coronal")]
+    assert zoomed[0] == bars[0] or not bars[0]
+    assert int(zoomed[1].split()[0]) < int(bars[1].split()[0])
     page.get_by_role("button", name="Coronal plane large, or all three").click()
     assert canvas(page, "axial").is_visible()
 
@@ -426,6 +433,10 @@ def test_touch(browser, report):
               ("pointerup", 1, x - 180, y), ("pointerup", 2, x + 180, y))
         page.wait_for_timeout(60)
         assert page.locator("[data-plane=axial] .bar").inner_text() != wide and at(page, 13, 20, 60)
+        choose(page, "Distance")
+        touch(("pointerdown", 1, x - 20, y), ("pointerdown", 2, x + 20, y), ("pointermove", 2, x + 90, y), ("pointerup", 1, x, y), ("pointerup", 2, x, y))
+        assert "mm" not in page.locator("[role=status]").inner_text().split(":")[0].replace("mm from", "")
+        choose(page, "Cross")
         assert canvas(page, "axial").evaluate("c => getComputedStyle(c).touchAction") == "pan-y"
         choose(page, "Window")
         assert canvas(page, "axial").evaluate("c => getComputedStyle(c).touchAction") == "none"
