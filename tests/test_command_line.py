@@ -72,6 +72,22 @@ def test_help_needs_no_library_and_says_the_same_without_them():
         assert text.count(f"\n  rsna_seg {name}") == len(EXAMPLES[name]) == 2
 
 
+WAITING = """
+import os, sys
+from rsna_seg.app.cli import main
+main(["--version"])
+print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("given, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
+    "Said before PyTorch is loaded, which reads it once."
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, env={**env, **given})
+    assert done.stdout.splitlines()[-1] == f"{policy} False", done.stderr
+
+
 @pytest.mark.parametrize("words, says", [(["train", "--help"], "usage"), (["train", "x"], "OUT")])
 def test_help_and_mistakes_within_a_second(words, says):
     "Of the processor's time: the machine may have other work."

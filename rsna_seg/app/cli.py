@@ -120,6 +120,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("NO_COLOR"):
         os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"  # which is what tyro looks for
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when PyTorch is loaded
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
     elif argv[0] == "--version":
