@@ -108,17 +108,21 @@ class PipedBars:
     "A stream that writes a bar as lines, one each half minute and its end."
 
     def __init__(self, stream):
-        self.stream, self.bar, self.due = stream, "", time.monotonic() + 30
+        self.stream, self.bar, self.drawn, self.due = stream, "", False, time.monotonic() + 30
 
     def write(self, text):
-        is_bar, is_end = text.startswith("\r"), self.bar and text == "\n"
-        if self.bar and text and (not is_bar or time.monotonic() > self.due):
+        moves = not text.replace("\x1b[A", "").strip()  # the cursor, and writes nothing
+        if text.startswith("\r"):
+            self.bar, self.drawn = text.strip(), True
+        elif not (self.drawn and moves):
+            self.drawn = False
+            return self.stream.write(text)
+        ended = text == "\n" and "100%|" in self.bar
+        if self.bar and (ended or time.monotonic() > self.due):
             self.stream.write(f"{self.bar}\n")
             self.bar, self.due = "", time.monotonic() + 30
-        if is_bar:
-            self.bar = text.strip()
-        elif not is_end:
-            self.stream.write(text)
+        elif "\x1b" in text:  # it was a bar below another
+            self.bar = ""
         return len(text)
 
     def __getattr__(self, name):
