@@ -2,10 +2,12 @@
 
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
@@ -18,7 +20,7 @@ import torch
 from gpu import Timed, repeated
 from limits import gflop_of_a_slice, products
 from loading import TutorialDataset
-from rounds import arguments, report, speeds, summary
+from rounds import report, speeds, summary, words
 from torch.utils.data import DataLoader
 
 from rsna_seg.augment import Augment
@@ -38,6 +40,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION = start_accelerator("auto").mixed_precision
 OURS = "rsna_seg, float32" if PRECISION == "no" else f"rsna_seg, {PRECISION}"
 OURS32, USUAL = "rsna_seg, float32", "the usual loop, float32"
+SPINNING = f"{OURS}, waiting threads spin"  # which is OpenMP's default, and the usual loop's
 
 
 def first_weights():
@@ -91,7 +94,7 @@ def usual(data, precision, slices, accumulation, augment, seed=0):
     return epoch, None
 
 
-WAYS = {OURS: (ours, PRECISION), OURS32: (ours, "no"), USUAL: (usual, "no")}
+WAYS = {OURS: (ours, PRECISION), OURS32: (ours, "no"), SPINNING: (ours, PRECISION), USUAL: (usual, "no")}
 
 
 @cache
@@ -120,10 +123,22 @@ def train(*words):
     return Epoch(losses, waited, memory / 1e9)
 
 
+@contextmanager
+def waiting(name):
+    "Processes that begin meanwhile have threads that wait as those of this way do; the command has them sleep."
+    before = os.environ.pop("OMP_WAIT_POLICY", None)
+    if name not in (USUAL, SPINNING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    yield
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    if before:
+        os.environ["OMP_WAIT_POLICY"] = before
+
+
 def differences(folder, pools):
     "The largest difference of a step's loss: of ours to the usual loop's, and of the usual loop's to its own under noise."
     ways = {
-        **{name: (name, *way) for name, way in WAYS.items()},
+        **{name: (name, *way) for name, way in WAYS.items() if name != SPINNING},
         "the usual loop, bf16": (USUAL, usual, "bf16"),
         "the usual loop, other batches": (USUAL, usual, "no", 1),
     }
@@ -137,15 +152,22 @@ def differences(folder, pools):
 
 def main():
     "Makes a dataset folder, measures and reports."
-    args = arguments(__doc__)
+    parser = words(__doc__)
+    parser.add_argument("--busy", action="store_true", help="smaller slices, beside a process on each core that only counts; speeds only")
+    args = parser.parse_args()
     rounds, done = (1 if args.quick else 3), {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folder = Path(folder)
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in WAYS}
-        ready = [pool.submit(os.getpid) for pool in pools.values()]  # they import while this process draws
+        ready = []
+        for name, pool in pools.items():
+            with waiting(name):
+                ready.append(pool.submit(os.getpid))  # they import while this process draws
         write_kaggle(folder / "kaggle", patients=2, slices=32)
-        data = prepare(folder / "kaggle", folder / "data", config=PrepareConfig(valid=0)).folder
+        data = prepare(folder / "kaggle", folder / "data", config=PrepareConfig(size=256 if args.busy else 512, valid=0)).folder
         wait(ready)
+        for _ in range(os.cpu_count() if args.busy else 0):
+            stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
 
         def epoch(name):
             done[name].append(pools[name].submit(train, data, *WAYS[name], SLICES, ACCUMULATION, True).result())
@@ -153,11 +175,12 @@ def main():
         results = speeds({name: partial(epoch, name) for name in WAYS}, SLICES, "slices/s", rounds)
         ratios = {f"{name}/{USUAL}": results[name]["median"] / results[USUAL]["median"] for name in WAYS if name != USUAL}
         unlike, longer = {}, None
-        if not args.quick:
+        if not args.quick and not args.busy:
             unlike = differences(data, pools)
             longer = pools[OURS].submit(train, data, *WAYS[OURS], CURVE * BATCH, 1, True).result()
     work = 3 * gflop_of_a_slice()  # forward and backward; the counter's own backward takes depthwise convolutions for dense ones
-    for name, (_, precision) in list(WAYS.items())[:-1]:
+    for name in [] if args.busy else dict.fromkeys((OURS, OURS32)):
+        precision = WAYS[name][1]
         limit = products(DTYPES[precision], rounds, DEVICE)
         results[f"matrix products, {name.split()[-1]}"] = limit
         results[f"{name}: of their limit"] = summary([100 * results[name]["median"] * work / limit["median"]], "%")
@@ -168,7 +191,8 @@ def main():
     for name, difference in unlike.items():
         results[f"{name}: loss unlike {USUAL}'s"] = summary([difference], "at most")
     report(__doc__, results, ratios, ("rsna_seg", "torch", "accelerate", "segmentation-models-pytorch", "albumentations"), rounds, args.json)
-    print("Wanted: at least 3 with bf16 on a processor that has it, 1.8 in float32.")
+    if not args.busy:
+        print("Wanted: at least 3 with bf16 on a processor that has it, 1.8 in float32.")
 
 
 if __name__ == "__main__":

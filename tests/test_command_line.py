@@ -12,12 +12,14 @@ import subprocess
 import struct
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
+import torch
 from command import rsna_seg
 from test_cli import refused, world  # noqa: F401  fixtures
 
-from rsna_seg.app import commands
+from rsna_seg.app import commands, info
 from rsna_seg.app.cli import COMMANDS, EXAMPLES
 
 FEW = ["--size", 64, "--batch-size", 8, "--epochs", 2, "--encoder-weights", "none", "--workers", 0]
@@ -68,6 +70,22 @@ def test_help_needs_no_library_and_says_the_same_without_them():
         assert text.translate(boxes) == rsna_seg(name, "--help").stdout.translate(boxes)
         assert "default: )" not in text and "{None}" not in text
         assert text.count(f"\n  rsna_seg {name}") == len(EXAMPLES[name]) == 2
+
+
+WAITING = """
+import os, sys
+from rsna_seg.app.cli import main
+main(["--version"])
+print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("given, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
+    "Said before PyTorch is loaded, which reads it once."
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, env={**env, **given})
+    assert done.stdout.splitlines()[-1] == f"{policy} False", done.stderr
 
 
 @pytest.mark.parametrize("words, says", [(["train", "--help"], "usage"), (["train", "x"], "OUT")])
@@ -183,7 +201,19 @@ def test_completion(tmp_path):
 
 
 def test_info_as_a_program_reads_it():
-    info = json.loads(rsna_seg("info", "--size", 64, "--json").stdout)
-    assert {"rsna_seg", "Python", "torch", "onnxruntime"} <= set(info)
-    assert sum("slices/s" in text for text in info.values()) >= 1
-    assert f"{os.cpu_count()} cores" in info["cpu"]
+    facts = json.loads(rsna_seg("info", "--size", 64, "--json").stdout)
+    assert {"rsna_seg", "Python", "torch", "onnxruntime"} <= set(facts)
+    assert sum("slices/s" in text for text in facts.values()) >= 1
+    assert f"{os.cpu_count()} cores" in facts["cpu"]
+
+
+def test_info_on_a_gpu(monkeypatch):
+    "With a pretended one: its name, and the speed of the engine that is always taken there."
+    gpu = SimpleNamespace(name="A100", major=8, minor=0, total_memory=40e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    monkeypatch.setattr(info, "pick_engine", lambda *size, **sha256: ("cuda", {}))
+    monkeypatch.setattr(info, "make_engine", lambda name, model, size: name)
+    monkeypatch.setattr(info, "measure_engine", lambda engine, size: {"cuda": 250.0}[engine])
+    assert info.describe_machine()["cuda:0"] == "A100, 8.0, 40 GB"
+    assert info.describe_engines(64)["cuda"] == "250.0 slices/s"

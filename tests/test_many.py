@@ -119,6 +119,7 @@ CHANGES = {
     "crop": {"config": PredictConfig("torch", crop=False)},
     "outputs": {"outputs": ("nifti", "volumes", "png")},
     "probabilities": {"probabilities": True},
+    "anonymous": {"config": PredictConfig("torch", anonymous=True)},
 }
 
 

@@ -74,21 +74,16 @@ def _sentence(error):
     text = str(error)
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
-# %% ../../nbs/app/00_cli.ipynb #22ae33e6
-def _prepare_terminal(command, words):
-    "How bars look and are written; a line before the libraries are loaded, which takes seconds."
-    os.environ["TQDM_BAR_FORMAT"] = words.BAR
-    if command.quiet:
-        os.environ["TQDM_DISABLE"] = "1"
-    elif os.environ.get("RANK", "0") == "0":
-        print("loading PyTorch and the other libraries", file=sys.stderr, flush=True)
-
 # %% ../../nbs/app/00_cli.ipynb #ae91d6d5
 def _perform(name, arguments):
     "Runs a command; returns 1 if it left something out, else 0."
     words = import_module("rsna_seg.app.words")
-    if "torch" not in sys.modules:
-        _prepare_terminal(words.read_words(name, arguments), words)
+    if "torch" not in sys.modules:  # else nobody waits
+        os.environ["TQDM_BAR_FORMAT"] = words.BAR
+        if words.read_words(name, arguments).quiet:
+            os.environ["TQDM_DISABLE"] = "1"
+        elif os.environ.get("RANK", "0") == "0":
+            print("loading PyTorch and the other libraries", file=sys.stderr, flush=True)
     command = import_module("rsna_seg.app.commands").parse(name, arguments)
     err = sys.stderr if sys.stderr.isatty() else words.PipedBars(sys.stderr)
     out = io.StringIO() if command.quiet else err if command.json else sys.stdout
@@ -125,6 +120,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("NO_COLOR"):
         os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"  # which is what tyro looks for
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when PyTorch is loaded
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
     elif argv[0] == "--version":

@@ -29,16 +29,15 @@ PACKAGES = """torchvision segmentation-models-pytorch timm accelerate albumentat
 
 def describe_machine() -> dict[str, str]:
     "Versions, processor and GPUs, and a note on a GPU that PyTorch cannot use."
-    facts = {"rsna_seg": __version__, "Python": platform.python_version()}
-    facts |= {d.name: d.version for d in distributions() if d.name in PACKAGES.split()}
-    half = "with" if has_bf16() else "without"
-    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
-    facts |= {"torch": torch.__version__, "system": platform.platform()}
-    facts["cpu"] = f"{processor()}, {os.cpu_count()} cores, {memory}, {half} bfloat16"
+    found = {d.name: d.version for d in distributions() if d.name in PACKAGES.split()}
+    facts = {"system": platform.platform(), "Python": platform.python_version()}
+    facts |= {"rsna_seg": __version__, "torch": torch.__version__, **dict(sorted(found.items()))}
+    memory, half = psutil.virtual_memory().total / 1e9, "with" if has_bf16() else "without"
+    facts["cpu"] = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GB, {half} bfloat16"
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        memory = f"{about.total_memory / 1e9:.0f} GB"
-        facts[f"cuda:{number}"] = f"{about.name}, {about.major}.{about.minor}, {memory}"
+        gpu = torch.cuda.get_device_properties(number)
+        what = f"{gpu.name}, {gpu.major}.{gpu.minor}, {gpu.total_memory / 1e9:.0f} GB"
+        facts[f"cuda:{number}"] = what
     return facts | {f"note {number}": note for number, note in enumerate(idle_gpu(), 1)}
 
 # %% ../../nbs/app/05_info.ipynb #1e557e82
@@ -47,14 +46,11 @@ def describe_engines(size: int) -> dict[str, str]:  # pixels along both sides of
     model = build_model(encoder_weights="none").eval()
     fastest, speeds = pick_engine(model, size, sha256="random weights")
     speeds = speeds or {fastest: measure_engine(make_engine(fastest, model, size), size)}
-    facts = {}
+    facts = dict.fromkeys(ENGINES, "not measured")
     for name, engine in ENGINES.items():
-        missing = missing_packages(*engine.packages)
-        missing += ["a CUDA GPU"] * (engine.devices == ("cuda",) and not torch.cuda.is_available())
-        facts[name] = f"needs {' and '.join(missing)}" if missing else "not measured"
-        if name in speeds:
-            facts[name] = f"{speeds[name]:.1f} slices/s"
-    return facts
+        if missing := missing_packages(*engine.packages):
+            facts[name] = f"needs {' and '.join(missing)}"
+    return facts | {name: f"{speed:.1f} slices/s" for name, speed in speeds.items()}
 
 # %% ../../nbs/app/05_info.ipynb #1580643c
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Info(Command):
 
     def run(self):
         print("looking at the machine; the first time, the engines' speed is measured")
-        facts = {**describe_machine(), **describe_engines(self.size)}
+        engines = {f"engine {name}": what for name, what in describe_engines(self.size).items()}
+        facts = {**describe_machine(), **engines}
         print(*(f"{name:>27}  {value}" for name, value in facts.items()), sep="\n")
         return facts

@@ -365,6 +365,7 @@ function listen(viewer, plane) {
     const [from, to] = [middle(before), middle(after)];
     plane.move(to[0] - from[0], to[1] - from[1]);
     plane.zoomBy(apart(after) / Math.max(1, apart(before)), [to[0] - frame.left, to[1] - frame.top]);
+    if (drag && drag.line) viewer.endDistance(plane, drag.line, drag.line.from);  // it was no line
     drag = null;
     viewer.draw();
   }
@@ -412,7 +413,11 @@ function startViewer(root) {
   // How much of the volume a plane has seen; an axial slice is there or not.
   viewer.version = plane => plane.along ? arrivals : volume.ready[state.at[0]];
   const planes = [...root.querySelectorAll(".plane")].map(box => makePlane(viewer, box));
-  const planeOf = element => planes.find(p => p.box === element.closest(".plane"));
+  // Keys and buttons act on the plane that had the focus last.
+  let plane = planes[0];
+  root.addEventListener("focusin", event => {
+    plane = planes.find(p => p.box.parentElement.contains(event.target)) || plane;
+  });
 
   function paint() {
     frame = 0;
@@ -570,6 +575,7 @@ function startViewer(root) {
   }
   viewer.enlarge = kind => {
     stage.dataset.large = stage.dataset.large === kind ? "" : kind;
+    plane = planes.find(p => p.kind === kind);
     viewer.draw();
   };
   function reset() {
@@ -581,7 +587,7 @@ function startViewer(root) {
   // plane that has it.
   const help = find("dialog");
   const tools = { c: "cross", w: "window", p: "pan", d: "distance" };
-  function moveCross(plane, key) {
+  function moveCross(key) {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
     const at = [...state.at];
     if (step) {
@@ -592,13 +598,12 @@ function startViewer(root) {
   }
   function keyed(event) {
     const { key, target } = event, letter = key.toLowerCase();
-    const plane = planeOf(target) || planes[0];
     const preset = find(`[data-window][data-key="${CSS.escape(letter)}"]`);
     const number = Number(key), inPlane = target.matches(".plane");
     if (inPlane && /^(Arrow|Page)/.test(key) && event.shiftKey) {
       const [x, y] = { Left: [40, 0], Right: [-40, 0], Up: [0, 40], Down: [0, -40] }[key.slice(5)] || [0, 0];
       plane.move(x, y);
-    } else if (inPlane && /^(Arrow|Page)/.test(key)) moveCross(plane, key);
+    } else if (inPlane && /^(Arrow|Page)/.test(key)) moveCross(key);
     else if (key === "?") help.open ? help.close() : help.showModal();
     else if (key === "Escape") [distances, pending] = [[], null];
     else if (key === "+" || key === "=") plane.zoomBy(1.25);
@@ -637,7 +642,7 @@ function startViewer(root) {
     else if (id) toggle(Number(id), !state.shown.has(Number(id)));
     else if (tool) setTool(tool);
     else if (named) viewer.setWindow(...named.split(" ").map(Number));
-    else if (act === "zoom-in" || act === "zoom-out") planes[0].zoomBy(act === "zoom-in" ? 1.25 : 0.8);
+    else if (act === "zoom-in" || act === "zoom-out") plane.zoomBy(act === "zoom-in" ? 1.25 : 0.8);
     else if (act === "reset") reset();
     else if (act === "help") help.showModal();
     else if (act === "large") viewer.enlarge(button.closest(".view").querySelector(".plane").dataset.plane);
