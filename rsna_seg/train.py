@@ -111,28 +111,6 @@ class TrainConfig(FitConfig):
         "File name of the best checkpoint."
         return {"first": "best_model_512.pth", "base": "best_mobilenet.pth"}[self.preset]
 
-# %% ../nbs/03_train.ipynb #b863e162
-_FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these give the same weights
-_GONE = {"balance": False}  # settings of older versions
-
-
-def _check_begun(out, settings):
-    "Raises `ConfigError` if the folder's run was begun with other settings."
-    path = out / "config.json"
-    try:
-        before = {**_GONE, **json.loads(path.read_text())}
-        before["augment"] = {**asdict(AugmentConfig()), **before["augment"]}  # newer ones are at 0
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} of the run to resume cannot be read ({error}); choose another folder."
-        ) from error
-    for key, value in {**_GONE, **settings}.items():
-        if key not in _FREE and before.get(key) != value:
-            raise ConfigError(
-                f"{out} holds a run with {key} = {before.get(key)!r}, not {value!r}:"
-                " go on with the same settings or choose another folder."
-            )
-
 # %% ../nbs/03_train.ipynb #f71da459
 def _finished(history, config):
     "Whether all epochs are done, or the best is `patience` epochs ago."
@@ -299,7 +277,7 @@ def fit(
     }  # fmt: skip
     state = load_state(out)
     if state:
-        check_begun(out, settings)
+        check_begun(out, settings, asdict(type(config)()))
     history = state["history"] if state else []
     logs = {"log_with": list(config.trackers) or None, "project_dir": str(out)}
     accelerator = start_accelerator(config.mixed_precision, **logs)

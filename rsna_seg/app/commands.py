@@ -10,7 +10,6 @@ __all__ = ['parse', 'Demo', 'Prepare', 'Inspect', 'Train', 'Finetune', 'Evaluate
 import os
 import shlex
 import sys
-from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,19 +49,8 @@ from ..scoring.judge import set_scores
 from ..train import TrainConfig, open_run, plan_run, train, unlike_recipe
 
 # %% ../../nbs/app/01_commands.ipynb #b9974054
+_CONFIGS = {"train": TrainConfig, "finetune": FinetuneConfig}
 _Recipe = Literal["default", "ct"]
-
-
-def _recipe_words(name, words):
-    "The words, after those that `--recipe ct` among them stands for: of two alike the last counts."
-    reader = ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--recipe")
-    configs = {"train": TrainConfig, "finetune": FinetuneConfig}
-    if name not in configs or reader.parse_known_args(words)[0].recipe != "ct":
-        return words
-    unlike = unlike_recipe(configs[name].ct())
-    flags = ([f"--{key.replace('_', '-')}", str(value)] for key, (value, _) in unlike.items())
-    return [*sum(flags, []), *words]
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
 def parse(
@@ -71,7 +59,8 @@ def parse(
 ):
     "The command, ready to run; exits with 2 and a message for words that do not fit."
     try:
-        words = _recipe_words(name, list(map(str, arguments)))
+        ct = unlike_recipe(_CONFIGS[name].ct()) if name in _CONFIGS else {}
+        words = after_recipe(list(map(str, arguments)), {"ct": ct})
         return read(globals()[name.capitalize()], words, f"rsna_seg {name}")
     except SystemExit as end:
         if not end.code:  # --help

@@ -68,12 +68,17 @@ _FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these giv
 _DEFAULT = {"balance": False, "weights": []}  # settings that another version does not know
 
 
-def check_begun(out: Path, settings: dict):  # the run's folder; what its config.json would say
+def check_begun(
+    out: Path,  # the run's folder
+    settings: dict,  # what its config.json would say
+    usual: dict,  # the settings' defaults, for an older run that lacks some of the augmentation
+):
     "Raises `ConfigError` if the folder's run was begun with other settings."
     path = out / "config.json"
     try:
         before = {**_DEFAULT, **json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError) as error:
+        before["augment"] = {**usual["augment"], **before["augment"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} of the run to resume cannot be read ({error}); choose another folder."
         ) from error
