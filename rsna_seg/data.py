@@ -10,6 +10,7 @@ __all__ = ['balanced_draw', 'check_patients', 'add_split', 'PrepareConfig', 'pre
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ct.cases import SourceConfig, find_source
 from .ct.find import PNG_PAIRS, file_kind, unpacked
-from .ct.organs import ORGANS
+from .ct.organs import CLASSES, ORGANS
 from .ct.png import read_png
 from .ct.scan import to_square
+from .ct.sets import window_table
 from .ct.store import SliceData, Store, is_finished, open_data, put_all
 from .files import ConfigError, DataError, OutputError, ScanError, writing
 
@@ -188,6 +190,11 @@ class SliceDataset(Dataset):
         stacks = stacks[data.manifest.split == split].to_numpy()
         self.stacks = [[str(data.folder / file) for file in files] for files in stacks]
         self.size, self.transform, self.seed = size or data.info["size"], transform, seed
+        self.sets = self.rows.reindex(columns=["set"], fill_value=0)["set"].to_numpy()
+        self.tables = [window_table(each.window, data.window) for each in data.sets.values()]
+        shown = [["background", *each.info["labelled"]] for each in data.sets.values()]
+        shown = np.array([[c.key in keys for c in CLASSES] for keys in shown])
+        self.classes = None if (shown == shown[0]).all() else shown
 
     def __len__(self):
         return len(self.images)
@@ -200,7 +207,8 @@ class SliceDataset(Dataset):
         key: int,  # epoch * len(self) + index
     ):
         epoch, index = divmod(int(key), len(self))
-        planes = [to_square(read_png(file), self.size) for file in self.stacks[index]]
+        planes, table = self.stacks[index], self.tables[self.sets[index]]
+        planes = [to_square(cv2.LUT(read_png(file), table), self.size) for file in planes]
         image = planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
         mask = to_square(read_png(self.masks[index]), self.size, mask=True)
         if self.transform is not None:
@@ -229,17 +237,36 @@ class StepSampler(Sampler):
         seed: int = 0,
         process: int = 0,  # which one this is
         processes: int = 1,  # that share the batches of each step
+        sets: np.ndarray | None = None,  # number of each slice's set, (slices,); one set if None
+        weights: Sequence[float] = (),  # how often each set is drawn; the root of its slices if ()
+        classes: np.ndarray | None = None,  # bool, (sets, class), what masks show; None: all alike
     ):
         self.slices, self.shuffle, self.seed = slices, shuffle, seed
+        self.sets = np.zeros(slices, int) if sets is None else np.asarray(sets)
+        self.weights, self.classes = weights, classes
         self.batch_size, self.virtual_batch = batch_size, batch_size * accumulation
         self.process, self.processes = process, processes
         self.epoch, self.start = 0, 0  # start: steps of the epoch that are done already
 
     def order(self):  # (slices,)
-        "The epoch's slices, in the order of their turn."
+        "The epoch's slices, in the order of their turn; one that comes again is numbered anew."
         if not self.shuffle:
             return np.arange(self.slices)
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.slices)
+        rng, drawn = np.random.default_rng([self.seed, self.epoch]), []
+        turns = rng.permutation(self.slices)
+        sizes = np.bincount(self.sets, minlength=len(self.weights))
+        weights = np.where(sizes > 0, self.weights if len(self.weights) else np.sqrt(sizes), 0)
+        ends = np.rint(self.slices * np.cumsum(weights) / weights.sum()).astype(int)
+        for number, count in enumerate(np.diff(ends, prepend=0)):
+            members = rng.permutation(np.flatnonzero(self.sets == number))
+            again = np.arange(count) // max(1, len(members))  # a turn of another epoch, in effect
+            drawn.append(np.sort(np.resize(members, count) + self.slices * 2**32 * again))
+        return np.concatenate(drawn)[turns]
+
+    def known(self, keys):  # bool, (keys, class), or None if all masks show the same
+        "Which classes the masks of these slices tell apart."
+        sets = self.sets[np.asarray(keys) % self.slices]
+        return None if self.classes is None else torch.from_numpy(self.classes[sets])
 
     def steps(self):  # a list of batches for each step
         "This process's batches, each as its numbers and its share of the step's slices."
@@ -273,11 +300,12 @@ def make_loader(
     dataset: SliceDataset,
     batch_size: int = 32,
     workers: int = 16,  # processes, at most one for each core; 0 loads in the training process
-    **order,  # accumulation, shuffle, seed, process and processes of `StepSampler`
+    **order,  # accumulation, shuffle, seed, process, processes and weights of `StepSampler`
 ) -> DataLoader:  # of uint8 images and masks; `loader.batch_sampler.epoch` sets the epoch
     "Batches of slices; the last one may be short."
     cv2.setNumThreads(0)
     workers = min(workers, cores())
+    order |= {name: getattr(dataset, name, None) for name in ("sets", "classes")}
     return DataLoader(
         dataset,
         batch_sampler=StepSampler(len(dataset), batch_size, **order),

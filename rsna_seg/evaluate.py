@@ -7,7 +7,7 @@ __all__ = ['evaluate', 'score_masks']
 
 # %% ../nbs/05_evaluate.ipynb #c9994307
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,16 @@ from tqdm.auto import tqdm
 from .ct.cases import ScanCase, SourceConfig, find_source, paired
 from .ct.dicom import read_scan
 from .ct.find import files_below, first_channels, unpacked
-from .ct.organs import only
+from .ct.organs import ALL_ORGANS, only
 from .ct.png import read_png
 from .ct.scan import off_square, square_grid, window
+from .ct.sets import open_sets
 from .ct.store import open_data
 from .data import SliceDataset, cores, quiet_worker
 from .engines.engines import idle_gpu, make_engine
 from .engines.slices import from_square, mean_logits, squares_of
 from .files import ConfigError, DataError, RsnaSegError
+from .finetune import seen_window
 from .model import file_sha256, load_checkpoint, marginal_logits
 from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
@@ -40,10 +42,11 @@ class _JudgedSlices(SliceDataset):
     def __init__(self, data, split, card):
         manifest = data.manifest.sort_values(["patient", "series", "z"], ignore_index=True)
         super().__init__(replace(data, manifest=manifest), split, card.size, channels=card.channels)
-        size = data.info["size"]
-        shapes = self.rows.reindex(columns=["rows", "cols"]).fillna(size).astype(int)
-        self.grids = [square_grid(*shape, size) for shape in shapes.to_numpy().tolist()]
-        self.scale = size / shapes.max(axis=1).clip(upper=size).to_numpy()  # of a pixel
+        size = np.array([each.info["size"] for each in data.sets.values()])[self.sets]
+        shapes = self.rows.reindex(columns=["rows", "cols"]).to_numpy(float)
+        shapes = np.where(np.isnan(shapes), size[:, None], shapes).astype(int)
+        self.grids = [square_grid(*shape, n) for shape, n in zip(shapes.tolist(), size.tolist())]
+        self.scale = size / np.minimum(shapes.max(axis=1), size)  # of a pixel
 
     def __getitem__(self, index):
         stack = self.stacks[index]
@@ -58,8 +61,8 @@ class _JudgedSlices(SliceDataset):
             return torch.zeros(shape, dtype=torch.uint8), nothing, nothing, str(error)
 
     def series(self):
-        "Patient, series and indices of each series."
-        groups = self.rows.groupby(["patient", "series"]).indices
+        "Number of the set, patient, series and indices of each series."
+        groups = self.rows.groupby([self.sets, "patient", "series"]).indices
         return [(*key, np.array(index)) for key, index in groups.items()]
 
     def spacing(self, index):
@@ -83,7 +86,7 @@ def _batches(index, batch_size):
 # %% ../nbs/05_evaluate.ipynb #86556b9e
 def _take(case, z, logits, truth, grey):
     "Gives a judge's volume some slices: `logits` on the pixels of `truth`."
-    probabilities = marginal_logits(logits, case.judge.labelled).softmax(dim=1)
+    probabilities = marginal_logits(logits, case.labelled).softmax(dim=1)
     case.add(z, logits.argmax(1).to(torch.uint8), truth, grey, probabilities)
 
 
@@ -93,11 +96,13 @@ def _judge_part(judge, engine, card, data, split, batch_size, workers):
     slices = _JudgedSlices(data, split, card)
     batches = iter(slices.loader(batch_size, workers))
     z, organ_pixels = slices.rows.z.to_numpy(), slices.rows[judge.labelled].sum(axis=1).to_numpy()
-    for patient, series, index in tqdm(slices.series(), desc="evaluate", unit="series"):
+    for number, patient, series, index in tqdm(slices.series(), desc="evaluate", unit="series"):
         parts = _batches(index, batch_size)
         of_series = itertools.islice(batches, len(parts))
         shown = z[index][slices_to_show(organ_pixels[index])]
-        with judge.volume(patient, series, slices.spacing(index), shown) as case:
+        name = [*data.sets][number]
+        of_set = name, data.sets[name].info["labelled"]
+        with judge.volume(patient, series, slices.spacing(index), shown, *of_set) as case:
             for part, (images, masks, greys, errors) in zip(parts, of_series):
                 if any(errors):
                     raise DataError(next(filter(None, errors)))
@@ -109,16 +114,23 @@ def _judge_part(judge, engine, card, data, split, batch_size, workers):
 
 # %% ../nbs/05_evaluate.ipynb #40c8f96a
 def _same_data(card, data):
-    return bool(card.dataset) and card.dataset == data.info["fingerprint"]
+    "Whether the checkpoint was trained on this folder, alone or with others."
+    trained_on = {card.dataset, *(each["dataset"] for each in card.sets)} - {""}
+    return data.info["fingerprint"] in trained_on
 
 # %% ../nbs/05_evaluate.ipynb #a78f9bc6
-def _seen(card, folder, rows):
+def _seen(card, data, split):
     "A sentence if patients that are judged were in the checkpoint's training."
-    if not _same_data(card, open_data(folder)):
-        return []
-    taught_on = open_data(folder, card.config.get("fold")).part("train")
-    seen, judged = set(taught_on.patient) & set(rows.patient), rows.patient.nunique()
-    return [f"{len(seen)} of the {judged} patients were in the training of this checkpoint:"
+    judged, persons, seen = {*data.part(split).patient}, data.info.get("persons", {}), set()
+    moved = {each["dataset"]: each["moved"] for each in card.sets}
+    for part in data.sets.values():
+        if _same_data(card, part):
+            rows = open_data(part.folder, card.config.get("fold")).manifest
+            rows = rows[rows.split != "none"]
+            sides = dict(zip(rows.patient, rows.split)) | moved.get(part.info["fingerprint"], {})
+            taught = {persons.get(name, name) for name, side in sides.items() if side == "train"}
+            seen |= taught & judged
+    return [f"{len(seen)} of the {len(judged)} patients were in the training of this checkpoint:"
             " these scores are no test of it."] if seen else []  # fmt: skip
 
 # %% ../nbs/05_evaluate.ipynb #6201dfe9
@@ -137,13 +149,13 @@ def _models(checkpoint):
     return [open_run(run).checkpoint for run in runs]
 
 # %% ../nbs/05_evaluate.ipynb #859e920c
-def _check_folds(models, cards, data):
-    "Raises `ConfigError` unless each of several checkpoints has a fold of this data for itself."
+def _check_folds(models, cards, sets):
+    "Raises `ConfigError` unless each of several checkpoints has a fold of the data for itself."
     folds = [card.config.get("fold") for card in cards]
     for path, card, fold in zip(models, cards, folds):
-        if fold is None or not _same_data(card, data):
+        if fold is None or not all(_same_data(card, data) for data in sets):
             raise ConfigError(
-                f"{path} was not trained on {data.folder} with a --fold;"
+                f"{path} was not trained on {sets[0].folder} with a --fold;"
                 " several runs are judged together only as a cross-validation."
             )
         if folds.count(fold) > 1:
@@ -157,47 +169,51 @@ def _about(path, card):
 
 # %% ../nbs/05_evaluate.ipynb #da6b8696
 def _compare_windows(card, data, path):
-    "A sentence if the windows may differ; raises `DataError` if they are known and do."
-    ours, theirs = (card.level, card.width, card.window), data.window[:3]
-    if _same_data(card, data) or ours == theirs and card.window == "known":
+    "A sentence if the window of the data or that of the network is in doubt."
+    if _same_data(card, data) or card.window == data.window.sure == "known":
         return []
+    ours, theirs = (card.level, card.width, card.window), data.window[:3]
     what = "{} has the window {:g}/{:g} ({}) but {} was trained with {:g}/{:g} ({})"
     what = what.format(data.folder, *theirs, path, *ours)
-    if card.window == theirs[2] == "known":
-        raise DataError(f"{what}; prepare the data with the same window.")
-    return [f"{what}: if they are not the same, the scores say nothing."]
+    return [f"{what}: if one is wrong, the scores say nothing."]
 
 # %% ../nbs/05_evaluate.ipynb #5dd92c6a
-def _on_dataset(checkpoint, folder, split, fold, batch_size, workers, device, tolerance, pictures):
-    "Judges one checkpoint on a part of a dataset folder, or each of several on its own fold."
-    models, data = _models(checkpoint), open_data(folder)
+def _on_dataset(checkpoint, folders, split, fold, batch_size, workers, device, tolerance, pictures):
+    "Judges one checkpoint on a part of dataset folders, or each of several on its own fold."
+    models, sets = _models(checkpoint), [open_data(folder) for folder in folders]
     loaded = [(path, *load_checkpoint(path)) for path in models]
     if len(models) > 1:
         if fold is not None or split != "valid":
             raise ConfigError(f"{checkpoint} holds several runs, each to be judged on its own fold:"
                               " leave out --fold and --split.")  # fmt: skip
-        _check_folds(models, [card for *_, card in loaded], data)
-    judge = Judge(data.info["labelled"], tolerance, draw=case_drawer(pictures))
+        _check_folds(models, [card for *_, card in loaded], sets)
+    labelled = [key for key in ALL_ORGANS if any(key in each.info["labelled"] for each in sets)]
+    judge = Judge(labelled, tolerance, draw=case_drawer(pictures))
     notes, parts = idle_gpu(), []
     for path, model, card in loaded:
-        notes += _compare_windows(card, data, path)
-        judged_fold = card.config.get("fold") if fold is None and _same_data(card, data) else fold
-        part = open_data(folder, judged_fold)
+        own = card.config.get("fold") if fold is None else fold
+        folds = [own if _same_data(card, each) else fold for each in sets]
+        part = open_sets(folders, folds, seen_window(card))
+        notes += part.info.get("joined", [])
+        notes += sum((_compare_windows(card, each, path) for each in sets), [])
         engine = make_engine("torch", model, card.size, device)
         _judge_part(judge, engine, card, part, split, batch_size, workers)
-        notes += [*card.notes, *_seen(card, folder, part.part(split))]
-        fold_name = f"fold {judged_fold}" if split == "valid" else f"all folds but {judged_fold}"
-        parts.append(f"the split “{split}”" if judged_fold is None else fold_name)
-    size = data.info["size"]
-    shrunk = data.manifest.reindex(columns=["rows", "cols"]).max(axis=1) > size
+        notes += [*card.notes, *_seen(card, part, split)]
+        for k in dict.fromkeys(folds):
+            fold_name = f"fold {k}" if split == "valid" else f"all folds but {k}"
+            parts.append(f"the split “{split}”" if k is None else fold_name)
+    rows, size = part.manifest, part.manifest.get("size", part.info["size"])
+    shrunk = rows.reindex(columns=["rows", "cols"]).max(axis=1) > size
     if shrunk.any():
-        notes.append(f"{data.manifest.series[shrunk].nunique()} series were shrunk to {size} pixels"
+        notes.append(f"{rows.series[shrunk].nunique()} series were shrunk to {np.max(size)} pixels"
                      " when they were prepared, and are scored at that size.")  # fmt: skip
-    kept = {key: data.info[key] for key in ("kind", "source", "fingerprint", "patients", "slices")}
+    keys = "kind", "source", "fingerprint", "patients", "slices"
+    kept = {key: [each.info[key] for each in sets] for key in keys}
+    kept = {key: each if len(sets) > 1 else each[0] for key, each in kept.items()}
     kept["precision"] = engine.precision
     about = {
         "models": [_about(path, card) for path, _, card in loaded], "part": ", ".join(parts),
-        "notes": notes, "data": {"folder": str(data.folder), **kept},
+        "notes": [*dict.fromkeys(notes)], "data": {"folder": ", ".join(map(str, folders)), **kept},
     }  # fmt: skip
     return judge.result(about, pictures)
 
@@ -273,7 +289,7 @@ def _on_scans(checkpoint, source, mask, config, batch_size, device, tolerance, p
 # %% ../nbs/05_evaluate.ipynb #dfeed392
 def evaluate(
     checkpoint: str | Path,  # a .pth, a run's folder, or a folder of runs, one a fold
-    data: str | Path,  # a dataset folder, or scans with masks in a layout that `prepare` knows
+    data: str | Path | Sequence,  # dataset folders, or scans with masks as `prepare` knows them
     split: str = "valid",  # of a dataset folder: "valid" or "train"; scans have none
     batch_size: int = 16,
     workers: int = 16,  # loader processes, at most one for each core
@@ -285,13 +301,14 @@ def evaluate(
     pictures: str | Path | None = None,  # folder to draw each volume into
 ) -> Evaluation:
     "Scores a model on volumes; broken ones are left out. Raises `DataError` or `ConfigError`."
-    device, data = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(data)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data = [Path(each) for each in ([data] if isinstance(data, (str, Path)) else data)]
     pictures = Path(pictures) if pictures else None
-    is_dataset = (data / "manifest.csv").exists() or data.name.endswith(".unfinished")
-    if is_dataset:
+    is_dataset = [(d / "manifest.csv").exists() or d.suffix == ".unfinished" for d in data]
+    if len(data) > 1 or is_dataset[0]:
         how = split, fold, batch_size, workers, device, tolerance, pictures
         return _on_dataset(checkpoint, data, *how)
-    return _on_scans(checkpoint, data, mask, source, batch_size, device, tolerance, pictures)
+    return _on_scans(checkpoint, data[0], mask, source, batch_size, device, tolerance, pictures)
 
 # %% ../nbs/05_evaluate.ipynb #8caa3ddc
 def _matched(predicted, truth, scans):

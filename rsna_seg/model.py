@@ -211,9 +211,14 @@ _NEVER = -1e4  # a logit whose probability is 0, and which is finite in half pre
 
 def marginal_logits(
     logits: torch.Tensor,  # (batch, class, ...)
-    known: list[str],  # keys of the organs that are told apart
+    known: list[str] | torch.Tensor,  # keys of the organs told apart; or bool, (batch, class)
 ) -> torch.Tensor:  # same shape; the same tensor if all organs are known
     "Logits whose background stands for the unknown organs too, which get probability 0."
+    if isinstance(known, torch.Tensor):  # each slice has its own
+        organs, unknown = logits[:, 1:], ~known[:, 1:, None, None]
+        others = organs.masked_fill(~unknown, _NEVER)
+        background = torch.cat([logits[:, :1], others], 1).logsumexp(1, keepdim=True)
+        return torch.cat([background, organs.masked_fill(unknown, _NEVER)], 1)
     merged = [c.id for c in CLASSES if c.key not in known]  # the background among them
     if len(merged) == 1:
         return logits
@@ -226,7 +231,7 @@ def marginal_logits(
 
 # %% ../nbs/02_model.ipynb #765bccd3
 class SegLoss(nn.Module):
-    "Weighted sum of Dice and focal loss, smp's, over the background and the labelled organs."
+    "Weighted sum of Dice and focal loss, smp's, over the background and the organs that are known."
 
     def __init__(
         self,
@@ -244,21 +249,27 @@ class SegLoss(nn.Module):
         self,
         logits: torch.Tensor,  # (batch, class, row, col)
         masks: torch.Tensor,  # class ids, any integer type, (batch, row, col)
+        known: torch.Tensor | None = None,  # bool, (batch, class), as for `marginal_logits`
     ) -> torch.Tensor:
-        "The loss as a scalar; computed in float32 whatever the logits are."
-        logits, masks = marginal_logits(logits.float(), self.labelled), masks.long()
-        if len(self.kept) < len(CLASSES):
+        "The loss as a scalar, in float32; without `known` each mask shows all labelled organs."
+        logits, masks = logits.float(), masks.long()
+        logits = marginal_logits(logits, self.labelled if known is None else known)
+        in_slice = in_area = len(self.kept)  # how many classes are known
+        if known is not None:
+            in_slice = known.sum(1)
+            in_area = known.any(0).sum() if 0 in self.axes else in_slice
+        elif in_slice < len(CLASSES):  # a problem with fewer classes
             logits = torch.stack([logits[:, i] for i in self.kept], 1)
             masks = sum(number * (masks == i) for number, i in enumerate(self.kept))
         truth = torch.zeros_like(logits).scatter_(1, masks.unsqueeze(1), 1)
         shares, areas = logits.softmax(1), truth.sum(self.axes)
         both = (shares.sum(self.axes) + areas).clamp_min(1e-7)
         scores = 2 * (shares * truth).sum(self.axes) / both
-        dice = ((1 - scores) * (areas > 0)).mean()
+        dice = ((1 - scores) * (areas > 0)).sum(-1) / in_area
         losses = nn.functional.binary_cross_entropy_with_logits
         entropy = losses(logits, truth, reduction="none")
-        focal = (torch.expm1(-entropy).square() * entropy).mean()
-        return self.dice * dice + self.focal * focal
+        focal = (torch.expm1(-entropy).square() * entropy).mean((2, 3)).sum(1) / in_slice
+        return self.dice * dice.mean() + self.focal * focal.mean()
 
 # %% ../nbs/02_model.ipynb #052f3206
 def file_sha256(path: str | Path) -> str:
@@ -281,6 +292,7 @@ class Card:
     labelled: list[str] = field(default_factory=lambda: list(ALL_ORGANS))  # organs it was taught
     config: dict = field(default_factory=dict)  # settings of the run
     dataset: str = ""  # fingerprint of the dataset folder
+    sets: list = field(default_factory=list)  # of each folder name, fingerprint, organs, window
     metrics: dict = field(default_factory=dict)  # on the validation slices
     spacing: list = field(default_factory=list)  # training's [smallest, largest] (z, row, col), mm
     sha256: str = ""  # of the checkpoint file, when it is read

@@ -22,7 +22,7 @@ from rsna_seg.ct.phantom import draw_patient, render, write_kaggle, write_mask
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.engines.export import save_pretrained
 from rsna_seg.evaluate import evaluate
-from rsna_seg.files import ConfigError, DataError
+from rsna_seg.files import ConfigError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import CARD, ENCODER, Card, SegLoss, build_model, file_sha256, load_checkpoint, save_checkpoint
 from rsna_seg.predict import PredictConfig, Predictor
@@ -420,5 +420,5 @@ def test_finetuning_and_evaluation_go_on_from_it(net, world, tmp_path, capsys):
     notes = evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu").about["notes"]
     assert any("lung has the window -600/1500 (known) but" in note and "50/400 (assumed)" in note for note in notes)
     (tmp_path / "theirs.json").write_text('{"level": 50, "width": 400}')
-    with pytest.raises(DataError, match="lung has the window .* prepare the data with the same window"):
-        evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu")
+    notes = evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu").about["notes"]
+    assert notes[0] == "lung: its window, level -600, width 1500 (known), is brought to level 50, width 400; it shows nothing beyond -1350 to 150 HU."

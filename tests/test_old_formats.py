@@ -60,7 +60,7 @@ def test_run_goes_on_to_its_end(old, old_run):
     assert len(open_run(old_run).history) == 2
     run = train(old / "data", old_run, OLD_RUN)
     third = json.loads((old / "expected.json").read_text())["third_epoch"]
-    assert len(run.history) == 3 and set(run.history) == set(third)
+    assert len(run.history) == 3 and set(third) < set(run.history)  # newer columns are empty in its first epochs
     for name in ("lr", "train_loss", "valid_loss"):
         assert run.history[name].iloc[-1] == pytest.approx(third[name], rel=5e-3)  # 1e-3 comes from another number of threads
 

@@ -24,6 +24,7 @@ import rsna_seg.model
 import rsna_seg.train
 from rsna_seg.app.cli import main
 from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.organs import ORGANS
 from rsna_seg.ct.phantom import write_kaggle
 from rsna_seg.ct.store import open_data
 from rsna_seg.data import PrepareConfig, SliceDataset, prepare
@@ -527,7 +528,8 @@ def test_columns_of_the_history(data, tmp_path):
     run = train(data, tmp_path, replace(FIRST, epochs=1))
     columns = ["epoch", "lr", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "train_dice", "valid_dice",
                "valid_dice_liver", "valid_dice_spleen", "valid_dice_left_kidney", "valid_dice_right_kidney", "valid_dice_bowel",
-               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb"]  # fmt: skip
+               "seconds", "slices_per_second", "skipped_steps", "peak_memory_gb", f"slices_of_{data.name}",
+               *(f"pixels_of_{o.key}" for o in ORGANS)]  # fmt: skip
     assert list(pd.read_csv(run.folder / "history.csv")) == list(run.history) == columns
 
 
@@ -540,8 +542,8 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, spoilt, ema, 
     "Weights, BatchNorm's statistics, the average and the schedule stay; the step is counted as skipped."
     states, real_loss, real_epoch = [], SegLoss.forward, rsna_seg.train.train_epoch
 
-    def loss(criterion, logits, masks):
-        value = real_loss(criterion, logits, masks)
+    def loss(criterion, logits, *rest):
+        value = real_loss(criterion, logits, *rest)
         if torch.is_grad_enabled() and len(states) == 2:  # in the second step
             if spoilt == "gradient":
                 logits.register_hook(lambda gradient: gradient * math.inf)

@@ -2,9 +2,11 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from browser import opened
 from test_report import EVIL, contrast
@@ -562,3 +564,26 @@ def test_the_data_is_one_json_that_html_cannot_end(report):
     "Nothing in the JSON closes the script element early."
     data = re.search(r'<script type="application/json">(.*?)</script>', report.read_text(encoding="utf-8"), re.S)[1]
     assert len(json.loads(data)["hu"]) == 30 and "<" not in data
+
+
+@pytest.mark.slow
+def test_six_hundred_slices_open_in_seconds_and_below_a_gigabyte(browser, tmp_path):
+    "Noise as in CT in a body amid air; the memory is that of all the browser's processes, at any time until the volume is there."
+    rng, body = np.random.default_rng(0), np.hypot(*np.indices((512, 512)) - 255.5) < 200
+    some = [np.where(body, rng.normal(40, 20, body.shape), rng.normal(-1000, 8, body.shape)).astype(np.int16) for _ in range(6)]
+    large = from_array(np.stack([some[z % 6] for z in range(600)]), np.diag([1, 1, 1, 1])[[2, 1, 0, 3]], space="LPS", name="large")
+    mask = np.broadcast_to((np.hypot(*np.indices((512, 512)) - 200) < 60).astype(np.uint8), large.hu.shape)
+    write_scan_report(tmp_path / "page.html", "large", large, mask, table(mask[:1]))
+    assert (tmp_path / "page.html").stat().st_size < 60e6
+    chromium = [p for p in psutil.Process().children(recursive=True) if "chrom" in p.name()]
+    before = sum(p.memory_full_info().uss for p in chromium)
+    start, peak = time.perf_counter(), 0
+    with opened(browser, tmp_path / "page.html", viewport={"width": 1300, "height": 800}) as (page, seen):
+        page.locator("canvas[data-slice]").first.wait_for()
+        assert time.perf_counter() - start < 5
+        while not page.query_selector(".viewer[data-ready]"):
+            assert time.perf_counter() - start < 20
+            now = [p for p in psutil.Process().children(recursive=True) if "chrom" in p.name()]
+            peak = max(peak, sum(p.memory_full_info().uss for p in now) - before)
+            page.wait_for_timeout(100)
+        assert 100e6 < peak < 1e9 and seen.problems == []

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Union
 
@@ -23,7 +24,7 @@ from .cli import COMMANDS, EXAMPLES
 from .demo import DemoConfig, demo
 from .info import Info
 from .many import Job, predict_many
-from .words import Command, path_word as _path, read
+from .words import Command, Folders, path_word as _path, read
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
@@ -34,7 +35,7 @@ from ..engines.export import FORMATS, export_model, push_to_hub, save_pretrained
 from ..engines.slices import squares_of
 from ..evaluate import evaluate, score_masks
 from ..files import ConfigError, check_folder
-from ..finetune import FinetuneConfig, finetune
+from ..finetune import FinetuneConfig, finetune, seen_window
 from ..model import load_checkpoint
 from rsna_seg.predict import (
     OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, check_outputs, save_segmentation,
@@ -44,6 +45,7 @@ from ..report.dataset import write_quality
 from ..report.evaluation import write_evaluation
 from ..report.plots import save_png, training_curves
 from ..scoring.compare import compare
+from ..scoring.judge import set_scores
 from ..train import TrainConfig, open_run, plan_run, train
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
@@ -119,12 +121,12 @@ class Inspect(Command):
         return {"findings": quality.findings.to_dict(orient="records"), "page": page}
 
 # %% ../../nbs/app/01_commands.ipynb #a74722db
-def _print_plan(command):
+def _print_plan(command, window=None):
     "What a run would do, and whether it would go on from an earlier one."
     if os.environ.get("RANK", "0") != "0":
         return {}
     print("training on a batch, to measure its time and memory")
-    plan = plan_run(command.data, command.config)
+    plan = plan_run(command.data, command.config, window)
     print(plan)
     if (command.out / "history.csv").exists():
         done = len(open_run(command.out).history)
@@ -150,11 +152,11 @@ def _show_run(run):
 
 # %% ../../nbs/app/01_commands.ipynb #a74722dc
 @dataclass(frozen=True)
-class Train(Command):
+class Train(Folders):
     "The first training. An interrupted run in the folder goes on."
 
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
-    out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    # dataset folders, made by `rsna_seg prepare`; then the run's: checkpoint, history, curves
+    paths: _path("DATA... OUT", tuple[Path, ...])
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
@@ -166,20 +168,19 @@ class Train(Command):
 
 # %% ../../nbs/app/01_commands.ipynb #61946f0c
 @dataclass(frozen=True)
-class Finetune(Command):
+class Finetune(Folders):
     "Go on from a checkpoint at a low learning rate. An interrupted run in the folder goes on."
 
     checkpoint: _path("CHECKPOINT")  # a .pth of this network
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`
-    out: _path("OUT")  # the run's folder: checkpoint, history, curves
+    # dataset folders, made by `rsna_seg prepare`; then the run's: checkpoint, history, curves
+    paths: _path("DATA... OUT", tuple[Path, ...])
     dry_run: bool = False  # print the plan: steps, memory, time, what is unlike the recipe
     config: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self):
         check_folder(self.out, "config.json", "train.log", "last")
         if self.dry_run:
-            load_checkpoint(self.checkpoint)  # raises if it does not fit
-            return _print_plan(self)
+            return _print_plan(self, seen_window(load_checkpoint(self.checkpoint)[1]))
         return _show_run(finetune(self.checkpoint, self.data, self.out, self.config))
 
 # %% ../../nbs/app/01_commands.ipynb #290c8a7f
@@ -193,28 +194,34 @@ def _millimetres(words):
         given = " ".join(words)
         raise ConfigError(f"--tolerance {given} is neither mm nor ORGAN=MM.") from error
 
+# %% ../../nbs/app/01_commands.ipynb #a6c45d57
+_NOT_SCORED = "out", "paths", "quiet", "json"  # what a judge is not told
+
 # %% ../../nbs/app/01_commands.ipynb #bce0372a
 def _score(command, judge):
     "Writes a report, prints the Dice of each organ and what was left out."
     check_folder(command.out, "report.html", "metrics.json", "cases")
-    own = "out", "quiet", "json"
+    own = "out", "paths", "quiet", "json"
     settings = {key: value for key, value in vars(command).items() if key not in own}
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
     print("drawing the report")
     report, notes = write_evaluation(result, command.out), result.about["notes"]
+    sets = {name: scores["dice"].round(3) for name, scores in set_scores(result).items()}
+    for name, dice in sets.items():
+        print(f"{name}: Dice, mean over patients", dice.dropna(how="all"), sep="\n")
     print("Dice, mean over patients", result, *notes, f"report: {report}", sep="\n")
-    results = {"dice": result.shown(), "notes": notes, "report": report}
+    results = {"dice": result.shown(), "sets": sets, "notes": notes, "report": report}
     return {**results, "left_out": _left_out(result.skipped)}
 
 # %% ../../nbs/app/01_commands.ipynb #318765d2
 @dataclass(frozen=True)
-class Evaluate(Command):
+class Evaluate(Folders):
     "Score a model on patients and write a report."
 
     checkpoint: _path("CHECKPOINT")  # a .pth, a run's folder, or a folder of runs, one a fold
-    data: _path("DATA")  # a dataset folder, made by `rsna_seg prepare`; or scans with masks
-    out: _path("OUT")  # the report's folder
+    # dataset folders, made by `rsna_seg prepare`, or scans with masks; then the report's folder
+    paths: _path("DATA... OUT", tuple[Path, ...])
     split: Literal["valid", "train"] = "valid"  # which slices of a dataset folder
     fold: int | None = None  # to validate on; the one that the checkpoint left out if not given
     mask: Path | None = None  # the mask of a scan, or the folder of masks if it lies elsewhere
@@ -226,7 +233,7 @@ class Evaluate(Command):
     source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
 
     def run(self):
-        return _score(self, evaluate)
+        return _score(self, partial(evaluate, data=self.data))
 
 # %% ../../nbs/app/01_commands.ipynb #f5b87c05
 @dataclass(frozen=True)

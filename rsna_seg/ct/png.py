@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LANDMARKS', 'ENCODINGS', 'png_pixels', 'read_png', 'Window', 'find_landmarks', 'judge_window', 'grey_counts',
-           'mask_labels', 'png_values', 'mask_damage', 'check_damage', 'png_classes']
+           'picture_key', 'mask_labels', 'png_values', 'mask_damage', 'check_damage', 'png_classes']
 
 # %% ../../nbs/ct/03_png.ipynb #ea674931
+import hashlib
 import io
 import re
 from contextlib import suppress
@@ -166,6 +167,12 @@ def grey_counts(files: list[Path]) -> np.ndarray:  # (256,)
         with suppress(DataError):
             counts += np.bincount(read_png(file).ravel(), minlength=256)
     return counts
+
+
+def picture_key(image: np.ndarray) -> str | None:
+    "A hash of a picture's pixels; None if all are one grey, as any patient's slice may be."
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
+    return digest if image.min() < image.max() else None
 
 # %% ../../nbs/ct/03_png.ipynb #0c987bc4
 _STEPS = {"raw": 1, "x40": 40, "x51": 51}

@@ -78,19 +78,18 @@ def _write_png(path, pixels):
 def _write_plane(case, folder, size, shown, z, grey, classes, place):
     "Writes a slice's files; its row of the manifest."
     name = f"{case_name(case)}_{z:04d}.png"
-    data, mask = _write_png(folder / "images" / name, to_square(grey, size)), None
-    pixels = dict.fromkeys(o.key for o in ORGANS)
+    square, pixels = to_square(grey, size), dict.fromkeys(o.key for o in ORGANS)
+    data, mask, (rows, cols) = _write_png(folder / "images" / name, square), None, grey.shape
     if classes is not None:
         classes = to_square(cv2.LUT(classes, shown), size, mask=True)
         data += _write_png(folder / "masks" / name, classes)
         mask = f"masks/{name}"
         counts = np.bincount(classes.ravel(), minlength=len(CLASSES))
         pixels |= {o.key: int(counts[o.id]) for o in ORGANS if shown[o.id]}
-    rows, cols = grey.shape
     return {
         "image": f"images/{name}", "mask": mask, "patient": case.patient, "series": case.series,
         "z": z, "rows": rows, "cols": cols, **place, **pixels, "incomplete": case.incomplete,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": hashlib.sha256(data).hexdigest(), "picture": png.picture_key(square),
     }  # fmt: skip
 
 # %% ../../nbs/ct/10_store.ipynb #f1d523d9
@@ -139,6 +138,12 @@ class SliceData:
     manifest: pd.DataFrame  # one row a slice
     info: dict  # dataset.json: kind, size, window, labelled organs, notes, fingerprint
     skipped: pd.DataFrame  # series that could not be read: patient, series, source, reason
+    parts: dict | None = None  # `sets`, where several folders are one
+
+    @property
+    def sets(self):
+        "The name of each folder that it is made of -> the folder by itself."
+        return self.parts or {self.folder.name: self}
 
     def part(self, split: str):  # "train" or "valid"
         "The manifest's rows of one split; raises `DataError` if there are none."
@@ -210,7 +215,7 @@ def _read_folder(folder):
     if folder.name.endswith(".unfinished") or not (folder / "dataset.json").exists():
         raise DataError(f"{folder} is not a complete dataset folder, as rsna_seg prepare makes.")
     info, skipped = _read_info(folder), pd.DataFrame(columns=_SKIPPED)
-    names = {"patient": str, "series": str, "orientation": str}
+    names = dict.fromkeys(["patient", "series", "orientation", "picture"], str)
     try:
         manifest = pd.read_csv(folder / "manifest.csv", dtype=names)
         if (folder / "skipped.csv").exists():

@@ -26,7 +26,8 @@ from rsna_seg.report.plots import (
 )  # fmt: skip
 from ..scoring.intervals import MEAN, interval_text
 from rsna_seg.scoring.judge import (
-    LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain, states,
+    LIBRARIES, CaseSlices, Evaluation, calibration, levels, metrics, patient_scores, plain,
+    set_scores, states,
 )  # fmt: skip
 from ..scoring.metrics import METRICS, class_outcomes, pixel_accuracy, side_confusion
 
@@ -127,7 +128,8 @@ def organ_table(
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
     missed = (counted.present == 0) & (counted.missed > 0)
     reasons.loc[counted.index[missed]] = "missed in all volumes: no outline to measure from"
-    reasons.loc[counted.index[counted["not labelled"] > 0]] = "not labelled in this data"
+    nowhere = counted["not labelled"] == counted.sum(axis=1)
+    reasons.loc[counted.index[nowhere]] = "not labelled in this data"
     return tuple(each.rename(index=NAMES).rename_axis("organ") for each in (table, reasons))
 
 # %% ../../nbs/report/02_evaluation.ipynb #6ccb049e
@@ -262,6 +264,16 @@ def _cases(result):
         absent=reasons.fillna("no organ of this volume has a value"),
     )  # fmt: skip
 
+# %% ../../nbs/report/02_evaluation.ipynb #bf00bc9d
+def _sets(result, scores):
+    "The part on each of several sets."
+    tables = {**set_scores(result), "all together": scores}
+    rows = {name: each["dice"].apply(interval_text, axis=1) for name, each in tables.items()}
+    table = pd.DataFrame(rows).T.rename(columns=NAMES).rename_axis("set")
+    text = "Dice, mean over patients. All together has each organ from the sets that label it."
+    section = Section("Each set", text, table, absent="not labelled in this set, or absent")
+    return [section] if len(tables) > 1 else []
+
 # %% ../../nbs/report/02_evaluation.ipynb #2ea883b5
 _LEVELS = (
     "Quote the mean over patients. Pooled pixels let large organs and long scans weigh more; the"
@@ -309,7 +321,7 @@ def _sections(result, scores, drawn):
         return [Section(title, figure=drawn[name], caption=caption)] if name in drawn else []
 
     return [
-        organs,
+        organs, *_sets(result, scores),
         *figure("examples", "Worst, median and best", "Of each volume the slice with the most wrong"
                 " pixels. The patient's left is on the right of the image."),
         _cases(result),

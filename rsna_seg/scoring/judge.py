@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIBRARIES', 'Spacing', 'VolumeTally', 'slices_to_show', 'CaseSlices', 'Evaluation', 'Judge', 'levels',
-           'patient_scores', 'states', 'calibration', 'plain', 'metrics']
+           'patient_scores', 'states', 'calibration', 'plain', 'set_scores', 'metrics']
 
 # %% ../../nbs/scoring/02_judge.ipynb #39ea7be2
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -184,9 +184,9 @@ class Evaluation(ShownAsTable):
 class _Case:
     "A volume that is being judged."
 
-    def __init__(self, judge, patient, series, spacing, shown):
+    def __init__(self, judge, patient, series, spacing, shown, labelled):
         self.patient, self.series, self.judge, self.z = patient, series, judge, []
-        self.tally = VolumeTally(judge.labelled, spacing, judge.tolerance)
+        self.labelled, self.tally = labelled, VolumeTally(labelled, spacing, judge.tolerance)
         self.slices = CaseSlices(case_name(self), shown)
 
     def add(
@@ -201,7 +201,7 @@ class _Case:
         counts = self.tally.add(prediction, truth)
         self.z.extend(map(int, z))
         if probabilities is not None:
-            self.judge.roc.update(probabilities, truth)
+            self.judge.roc.update(probabilities, truth, self.labelled)
         if self.judge.draw:
             predicted = self.tally.shown[prediction.cpu().numpy()]
             wrong = counts.sum(axis=(1, 2)) - counts.trace(axis1=1, axis2=2)
@@ -239,9 +239,12 @@ class Judge:
         series: str,
         spacing: Spacing = Spacing(),
         shown=(),  # numbers of the slices to draw; the one with the most wrong pixels if none
+        set_name: str = "",  # of several sets
+        labelled: list[str] | None = None,  # what its set labels; all if None
     ):
         "Takes a volume's slices; one that raises an `RsnaSegError` is skipped, the others go on."
-        case, before = _Case(self, patient, series, spacing, shown), copy.deepcopy(self.roc)
+        before = copy.deepcopy(self.roc)
+        case = _Case(self, patient, series, spacing, shown, labelled or self.labelled)
         try:
             yield case
             case.check()
@@ -254,6 +257,7 @@ class Judge:
             self.draw(case.slices)
         rows.insert(0, "patient", patient)
         rows.insert(1, "series", series)
+        rows.insert(2, "set", set_name)
         slices = pd.DataFrame({"patient": patient, "series": series, "z": case.z})
         self.done.append((rows, slices, counts))
 
@@ -342,6 +346,13 @@ def plain(
         return None
     return value.item() if isinstance(value, np.generic) else value
 
+# %% ../../nbs/scoring/02_judge.ipynb #13f134d5
+def set_scores(result: Evaluation) -> dict:  # name -> scores of `patient_scores`
+    "The scores of each set by itself; none if there are not several."
+    sets = result.volumes.groupby("set", sort=False)
+    scores = {name: patient_scores(replace(result, volumes=rows)) for name, rows in sets}
+    return scores if len(scores) > 1 else {}
+
 # %% ../../nbs/scoring/02_judge.ipynb #c947f651
 def metrics(result: Evaluation) -> dict:
     "All scores and what they rest on, as JSON knows it."
@@ -357,6 +368,7 @@ def metrics(result: Evaluation) -> dict:
         "patients": result.volumes.patient.nunique(),
         "volumes": len(result.volumes[["patient", "series"]].drop_duplicates()),
         "slices": len(result.slices), "skipped": result.skipped.to_dict(orient="records"),
+        "sets": set_scores(result),
         "pixel_accuracy": pixel_accuracy(matrix), "side_confusion": side_confusion(matrix),
         "pooled": pooled.assign(pixels=matrix.sum(axis=1)),
         "mean_over_patients": patient_scores(result),

@@ -30,8 +30,11 @@ class Confusion:
         self,
         prediction: torch.Tensor | np.ndarray,  # class of each pixel, 0..5, any shape
         truth: torch.Tensor | np.ndarray,  # class of each pixel, 0..5, same shape
+        told: torch.Tensor | None = None,  # bool, (slices, class), of slices that tell some apart
     ):
-        "Add these pixels to the counts."
+        "Add these pixels to the counts; an organ that a slice does not tell apart is background."
+        if told is not None:
+            prediction = prediction * told.gather(1, prediction.flatten(1)).view_as(prediction)
         n, both = len(CLASSES), (torch.as_tensor(prediction), torch.as_tensor(truth))
         p, t = (x if x.dtype == torch.uint8 else x.long() for x in both)
         if p.shape != t.shape:
@@ -337,8 +340,9 @@ class RocHistogram:
         self,
         probabilities: torch.Tensor,  # softmax over the classes, 0..1, (B, 6, H, W) or (N, 6)
         truth: torch.Tensor,  # class of each pixel, 0..5, (B, H, W) or (N,)
+        labelled: list[str] = ALL_ORGANS,  # keys of the organs that the truth tells apart
     ):
-        "Add these pixels to the histograms."
+        "Add these pixels to the histograms of the background and the labelled organs."
         if probabilities.shape != (truth.shape[0], len(CLASSES), *truth.shape[1:]):
             shapes = tuple(probabilities.shape), tuple(truth.shape)
             raise ValueError(f"probabilities are {shapes[0]} but truth is {shapes[1]}")
@@ -346,7 +350,8 @@ class RocHistogram:
             p = probabilities[:, c].reshape(-1).float()
             least, most = torch.aminmax(p)
             self.strays = self.strays + ~((least >= -0.001) & (most <= 1.001))  # NaN is neither
-            histogram.update(p, (truth == c).reshape(-1))
+            if CLASSES[c].key in ("background", *labelled):
+                histogram.update(p, (truth == c).reshape(-1))
 
     def checked(
         self,

@@ -183,20 +183,22 @@ def add_gradients(
     loop: Loop,
     batches,  # iterator of images and masks, uint8
     shares: list[float],  # of the step's slices, one for each batch; 0 counts nothing
+    known: list | None = None,  # what each batch's masks tell apart, of `StepSampler.known`
 ):  # mean loss of the step's slices, counts of its confusion matrix; the same in all processes
     "The gradients of one optimiser step."
     accelerator, device = loop.accelerator, loop.accelerator.device
     loss = torch.zeros((), device=device)
     confusion = Confusion(device)
-    for i, share in enumerate(shares):
+    for i, (share, shown) in enumerate(zip(shares, known or [None] * len(shares))):
         images, masks = (plane.to(device, non_blocking=True) for plane in next(batches))
+        shown = None if shown is None else shown.to(device, non_blocking=True)
         with accelerator.no_sync(loop.model) if i + 1 < len(shares) else nullcontext():
             logits = loop.model(as_input(images))
-            value = loop.criterion(logits, masks)
+            value = loop.criterion(logits, masks, shown)
             accelerator.backward(value * share * accelerator.num_processes)
         if share:
             loss += value.detach() * share
-            confusion.update(marginal_logits(logits.detach(), loop.taught).argmax(1), masks)
+            confusion.update(marginal_logits(logits.detach(), loop.taught).argmax(1), masks, shown)
     for buffer, mean in zip(loop.statistics, accelerator.reduce(loop.statistics, "mean")):
         buffer.copy_(mean)
     return accelerator.reduce((loss, confusion.counts), "sum")
@@ -276,7 +278,8 @@ def train_epoch(
     batches = iter(loader)
     for step in sampler.steps()[tally.step :]:
         before = [buffer.clone() for buffer in loop.statistics]
-        loss, counts = add_gradients(loop, batches, [share for _, share in step])
+        known = [sampler.known(keys) for keys, _ in step]
+        loss, counts = add_gradients(loop, batches, [share for _, share in step], known)
         slices = min(sampler.virtual_batch, sampler.slices - tally.step * sampler.virtual_batch)
         tally.add(make_step(loop, loss, before), loss, counts, slices)
         if loop.skipped >= loop.most_skipped:
@@ -299,13 +302,15 @@ def valid_epoch(
     network, device = loop.judged.eval(), loop.accelerator.device
     loss = torch.zeros((), device=device)
     confusion = Confusion(device)
-    for (images, masks), [(_, share)] in zip(loader, loader.batch_sampler.steps()):
+    for (images, masks), [(keys, share)] in zip(loader, loader.batch_sampler.steps()):
         if share:  # else a batch that another process counts
             images, masks = (plane.to(device, non_blocking=True) for plane in (images, masks))
+            shown = loader.batch_sampler.known(keys)
+            shown = None if shown is None else shown.to(device, non_blocking=True)
             with loop.accelerator.autocast():
                 logits = network(as_input(images))
-            loss += loop.criterion(logits, masks) * len(images)
-            confusion.update(marginal_logits(logits, loop.taught).argmax(1), masks)
+            loss += loop.criterion(logits, masks, shown) * len(images)
+            confusion.update(marginal_logits(logits, loop.taught).argmax(1), masks, shown)
     loss, confusion.counts = loop.accelerator.reduce((loss, confusion.counts), "sum")
     matrix = merge_unlabelled(confusion.matrix(), loop.criterion.labelled)
     return loss.item() / loader.batch_sampler.slices, matrix
