@@ -176,6 +176,10 @@ def test_a_step_computes_in_half_precision_and_waits_once(fake_loop, labelled):
     assert network == {HALF} and loss_types == loop.scaled == {torch.float32}
     assert watched.copies == 6 * [("cpu", "cuda", "queued")] and watched.waits == []
     assert loss.device.type == counts.device.type == "cuda"
+    known = [torch.ones(BATCH, len(CLASSES), dtype=torch.bool) for _ in range(3)]  # of several sets: what each slice shows
+    with Watched() as watched:
+        add_gradients(loop, iter(pixels(3)), [0.4, 0.4, 0.2], known)
+    assert watched.copies == 9 * [("cpu", "cuda", "queued")] and watched.waits == []
     before = [buffer.clone() for buffer in loop.statistics]
     with Watched() as watched:
         assert make_step(loop, loss, before)
