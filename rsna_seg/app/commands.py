@@ -24,7 +24,7 @@ from .cli import COMMANDS, EXAMPLES
 from .demo import DemoConfig, demo
 from .info import Info
 from .many import Job, predict_many
-from .words import Command, Folders, path_word as _path, read
+from .words import Command, Folders, after_recipe, path_word as _path, read
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
