@@ -32,7 +32,7 @@ class Command:
 # %% ../../nbs/app/04_words.ipynb #db430269
 def path_word(name: str, kind: type = Path):  # as a user reads it in the usage line; or several
     "The type of a path, or of several, that is given without a flag."
-    return Annotated[Positional[kind], arg(metavar=name)]
+    return Annotated[Positional[kind], arg(metavar=name, help_behavior_hint="(required)")]
 
 # %% ../../nbs/app/04_words.ipynb #5db9f033
 class Folders(Command):
@@ -42,7 +42,7 @@ class Folders(Command):
 
     def __post_init__(self):
         if len(self.paths) < 2:
-            raise ValueError("give one folder of data or several, and after them the one to fill")
+            raise ValueError("give DATA, one folder or several, and after them OUT, the one to fill")
 
 # %% ../../nbs/app/04_words.ipynb #8fd4a839
 RULES = ConstructorRegistry()
