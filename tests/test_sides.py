@@ -112,7 +112,7 @@ def test_off_flips_never_and_draws_the_rest_as_keep_does(slices):
             unflipped += 1
             for ours, theirs in zip(moved, kept):
                 np.testing.assert_array_equal(ours, theirs)
-        assert [bool(t.params) for t in off.compose.transforms[2:]] == [bool(t.params) for t in keep.compose.transforms[2:]]
+        assert [bool(t.params) for t in off.compose.transforms[2:5]] == [bool(t.params) for t in keep.compose.transforms[2:5]]
     assert 30 < unflipped < 70
 
 
@@ -123,7 +123,7 @@ def test_five_transforms_are_drawn_independently(slices):
     applied, angles = [], []
     for i in range(3000):
         augment(image, mask, (7, i))
-        applied.append([bool(t.params) for t in augment.compose.transforms])
+        applied.append([bool(t.params) for t in augment.compose.transforms[:5]])
         if applied[-1][2]:
             matrix = augment.compose.transforms[2].params["matrix"]
             angles.append(np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0])))
