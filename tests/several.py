@@ -22,7 +22,7 @@ from rsna_seg.model import SegLoss, as_input, build_model
 from rsna_seg.scoring.metrics import Confusion
 from rsna_seg.train import TrainConfig, train
 from rsna_seg.training.loop import (
-    Tally, add_gradients, make_loop, start_accelerator, train_epoch, valid_epoch,
+    Tally, add_gradients, make_loop, merge_upsampling, start_accelerator, train_epoch, valid_epoch,
 )  # fmt: skip
 
 PLAIN = TrainConfig(size=64, batch_size=4, accumulation=2, epochs=2, encoder_weights="none", workers=0)
@@ -51,6 +51,7 @@ def new_network(exact=False):
     "The U-Net, in double precision if the results shall be exact."
     torch.manual_seed(0)
     network = build_model(encoder_weights="none")
+    merge_upsampling(network)  # as the loop does on a CPU; rounding would differ without
     if exact:
         network.double().register_forward_pre_hook(lambda module, images: images[0].double())
     return network
