@@ -42,7 +42,7 @@ class Folders(Command):
 
     def __post_init__(self):
         if len(self.paths) < 2:
-            raise ValueError("give DATA, one folder or several, and after them OUT, the one to fill")
+            raise ValueError("give DATA, one folder or several, then OUT, the one to fill")
 
 # %% ../../nbs/app/04_words.ipynb #8fd4a839
 RULES = ConstructorRegistry()
