@@ -17,6 +17,8 @@ from rsna_seg.ct.organs import ORGANS, palette
 from rsna_seg.ct.scan import window
 from rsna_seg.report.scan import hu_step, viewer_data, write_scan_report
 
+pytestmark = pytest.mark.slow  # a browser's minute; the quick tests shall end in ten
+
 SHAPE, SPACING = (30, 60, 80), (2.5, 1.0, 0.5)
 AFFINE = np.array([[0, 0, 0.5, -20], [0, 1, 0, -90], [2.5, 0, 0, 300], [0, 0, 0, 1]])  # (z, row, col) -> mm, LPS
 PLANES = ("axial", "coronal", "sagittal")
