@@ -87,6 +87,15 @@ def epochs_within(seconds, data, config, folder):
     return max(1, round(seconds / (ends[1] - ends[0])))
 
 
+def last_weights(run, path):
+    "Writes the weights after a run's last step as a checkpoint: those of its best epoch were chosen by the validation."
+    model, card = load_checkpoint(run.checkpoint)
+    state = torch.load(run.folder / "last" / "state.pt", weights_only=True)
+    model.load_state_dict(state["model"] if state["average"] is None else state["average"])
+    save_checkpoint(model, path, card)
+    return path, state["steps"]
+
+
 def dice_of(result, judged):
     "The Dice of each patient and organ."
     table = patient_means(result.volumes, "dice").stack().rename("dice").reset_index()
@@ -107,11 +116,7 @@ def one_run(name, fold, seed, args):
         with redirect_stdout(io.StringIO()):
             run = train(data, folder / "run", config)
         taken = time.process_time() - start
-        model, card = load_checkpoint(run.checkpoint)
-        state = torch.load(run.folder / "last" / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"] if state["average"] is None else state["average"])
-        last = folder / "last.pth"
-        save_checkpoint(model, last, card)
+        last, steps = last_weights(run, folder / "last.pth")
         left_out = evaluate(last, data, workers=0, fold=fold)
         tables = [dice_of(left_out, "left out")]
         for other in args.also:
@@ -119,7 +124,7 @@ def one_run(name, fold, seed, args):
         if args.scan:
             tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name))
     swapped = 100 * side_confusion(left_out.matrix)
-    about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": state["steps"]}
+    about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": steps}
     return {**about, "seconds": taken, "swapped": swapped}, pd.concat(tables).assign(**about)
 
 

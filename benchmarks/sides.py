@@ -12,13 +12,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from recipe import last_weights
 from rounds import report, summary, words
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.ct.organs import ORGAN
 from rsna_seg.data import PrepareConfig, prepare
 from rsna_seg.evaluate import evaluate
-from rsna_seg.model import load_checkpoint, save_checkpoint
 from rsna_seg.scoring.metrics import dice, side_confusion
 from rsna_seg.train import TrainConfig, train
 
@@ -50,10 +50,8 @@ def one_run(data, seed, fold, side, encoder_weights):
         start = time.process_time()
         run = train(data, Path(folder) / "run", config)
         seconds = time.process_time() - start
-        model, card = load_checkpoint(run.checkpoint)
-        model.load_state_dict(torch.load(run.folder / "last" / "state.pt", weights_only=True)["model"])
-        save_checkpoint(model, Path(folder) / "last.pth", card)
-        matrix = evaluate(Path(folder) / "last.pth", data, workers=0, fold=fold).matrix
+        last, _ = last_weights(run, Path(folder) / "last.pth")
+        matrix = evaluate(last, data, workers=0, fold=fold).matrix
     wrong = 100 * side_confusion(matrix)
     scores = dice(matrix)
     judged = [scores[ORGAN[key].id] for key in ("liver", "left_kidney", "right_kidney")]

@@ -51,15 +51,15 @@ class AugmentConfig:
         )  # fmt: skip
 
     def __post_init__(self):
-        if self.scale < 1:
-            raise ConfigError(f"scale {self.scale} is not a factor from 1 up.")
+        if not 1 <= self.scale <= 10:
+            raise ConfigError(f"scale {self.scale} is not a factor from 1 to 10.")
         if not 0 <= self.rotate_limit <= 180:
             raise ConfigError(f"rotate_limit {self.rotate_limit} is not from 0 to 180 degrees.")
         if self.sides not in ("keep", "exchange", "off"):
             raise ConfigError(f"sides {self.sides!r} is not known; choose keep, exchange or off.")
         for name, value in vars(self).items():
             if name not in ("rotate_limit", "sides", "scale") and not 0 <= value <= 1:
-                raise ConfigError(f"{name} {value} is not a probability; choose from 0 to 1.")
+                raise ConfigError(f"{name} {value} is not a share or probability from 0 to 1.")
 
 # %% ../nbs/01_augment.ipynb #5afa20eb
 class _Mirror:
