@@ -61,3 +61,14 @@ def opened(browser, path, anchor="", **options):
         yield page, seen
     finally:
         context.close()
+
+
+def faults(page):
+    "What axe-core finds serious or critical, as sentences with the first place."
+    try:
+        from axe_playwright_python.sync_playwright import Axe
+    except ImportError:
+        _lacking("axe is not installed: pip install axe-playwright-python")
+    found = Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    return [f"{v['id']}: {v['help']}: {v['nodes'][0]['html'][:200]}" for v in serious]

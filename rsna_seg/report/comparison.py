@@ -13,6 +13,7 @@ import numpy as np
 
 from ..ct.cases import case_name
 from ..ct.organs import in_words
+from .cases import back_link, join_cases, read_case, write_case
 from .evaluation import BETTER, NAMES, case_section, write_numbers
 from .page import Section, write_report
 from .plots import paired_differences, save_png
@@ -71,27 +72,43 @@ def _stacked(paths):
     return cv2.imencode(".png", np.concatenate(padded))[1].tobytes()
 
 # %% ../../nbs/report/05_comparison.ipynb #be9280fa
-def _case_parts(result, cases):
-    "A part for each of these volumes, with both models' numbers and pictures."
+def _join_pages(result, case, path):
+    "Writes the page of a case with both predictions if both reports have one of it."
+    pages = [read_case(folder / "cases" / path.name) for folder in result.folders]
+    data = None if None in pages else join_cases(*pages, result.names)
+    if data is None:
+        return
+    rows = result.volumes.query("patient == @case.patient and series == @case.series")
+    a, b = result.names
+    columns = [(f"Dice, {a}", "dice_a", 3, "no Dice"), (f"Dice, {b}", "dice_b", 3, "no Dice")]
+    columns.append(("true ml", "truth_ml_a", 0, "not known"))
+    title, facts = f"Patient {case.patient}, series {case.series}", {"Report": back_link(path.stem)}
+    write_case(path, title, data, rows.assign(state=rows.state_a), facts, tuple(columns))
+
+
+def _case_parts(result, cases, out):
+    "A part for each of these volumes, with both models' numbers, pictures and a page."
     a, b = result.names
     shown = {
-        "dice_a": f"Dice, {a}", "dice_b": f"Dice, {b}", "predicted_ml_a": f"predicted ml, {a}",
-        "predicted_ml_b": f"predicted ml, {b}", "truth_ml_a": "true ml",
+        "dice_a": f"Dice, {a}", "dice_b": f"Dice, {b}", "predicted_ml_a": f"found by {a}, ml",
+        "predicted_ml_b": f"found by {b}, ml", "truth_ml_a": "true, ml",
     }  # fmt: skip
     caption = f"Above {a}, below {b}. Filled: prediction; outlined: truth."
     for case in cases:
-        name = f"{case_name(case)}.png"
-        image = _stacked([folder / "cases" / name for folder in result.folders])
-        yield case_section(case, result.volumes, shown, image, caption, "note_a")
+        name = case_name(case)
+        image = _stacked([folder / "cases" / f"{name}.png" for folder in result.folders])
+        page = out / "cases" / f"{name}.html"
+        _join_pages(result, case, page)
+        yield case_section(case, result.volumes, shown, image, caption, page, "note_a")
 
 
-def _cases(result, most=20):
+def _cases(result, out, most=20):
     "The table of all volumes, the largest change first, and those that changed most."
     table = result.volumes.groupby(["patient", "series"])[["dice_a", "dice_b"]].mean()
     table.columns = [f"mean Dice, {name}" for name in result.names]
     table["difference"] = table.iloc[:, 1] - table.iloc[:, 0]
     table = table.sort_values("difference", key=abs, ascending=False, na_position="last")
-    parts = list(_case_parts(result, table.reset_index().head(most).itertuples()))
+    parts = list(_case_parts(result, table.reset_index().head(most).itertuples(), out))
     return Section(
         "Cases, the largest change first",
         "A click on a column's heading sorts, one on a case opens it.", table, sortable=True,
@@ -144,7 +161,7 @@ def write_comparison(
     write_numbers(out, numbers, result.volumes, result.slices)
     explained = _EXPLAIN if result.tables["dice"].low.count() else _EXPLAIN[1:]
     sections = [
-        figures[0], _cases(result), *(_metric_section(result, metric) for metric in known),
+        figures[0], _cases(result, out), *(_metric_section(result, metric) for metric in known),
         *figures[1:], Section("How each number is defined", notes=explained),
         Section("What it rests on", notes=ground),
     ]  # fmt: skip
