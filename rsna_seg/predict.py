@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'USUAL_OUTPUTS', 'plan_work', 'Segmentation', 'result_html', 'niivue_widget', 'PredictConfig',
-           'shared_card', 'png_window', 'Predictor', 'Output', 'as_json', 'write_volumes', 'write_page', 'write_seg',
-           'write_rtstruct', 'write_masks', 'write_preview', 'check_outputs', 'save_segmentation']
+           'shared_card', 'png_window', 'Predictor', 'Output', 'as_json', 'write_volumes', 'result_page', 'write_page',
+           'write_seg', 'write_rtstruct', 'write_masks', 'write_preview', 'check_outputs', 'save_segmentation']
 
 # %% ../nbs/06_predict.ipynb #cae54588
 import base64
@@ -34,7 +34,6 @@ from .ct.nifti import save_nifti
 from .ct.organs import CLASSES, ORGAN, ORGANS, palette
 from .ct.scan import Scan
 from .engines.engines import ENGINES, make_engine, pick_engine
-from .engines.graph import missing_packages
 from rsna_seg.engines.slices import (
     box_on_square, classes_on_scan, mean_logits, on_scan, squares_of,
 )  # fmt: skip
@@ -107,8 +106,11 @@ class Segmentation:
         return preview(self.scan, self.mask, self.card.level, self.card.width)
 
     def view(self):
-        "The volume in an ipyniivue widget; the figure if ipyniivue is not installed."
-        return self.figure() if missing_packages("ipyniivue") else niivue_widget(self)
+        "The viewer of the page in a frame, for any notebook: at most 150 slices of 256 pixels."
+        from rsna_seg.report.page import InFrame
+
+        page = result_page(self, most=150, side=256, letters=4e6)
+        return InFrame(page, f"slices of {self.scan.name or 'a scan'}")
 
     def __repr__(self):
         volumes = [f"{key} {ml:.0f} ml" for key, ml in self.organs.ml.dropna().items()]
@@ -293,9 +295,12 @@ def write_volumes(
         part.write_text(json.dumps(content, indent=2))
 
 # %% ../nbs/06_predict.ipynb #0a6f245e
-def write_page(result: Segmentation, path: Path):
-    "Writes report.html."
-    from rsna_seg.report.scan import write_scan_report
+def result_page(
+    result: Segmentation,
+    **options,  # of `viewer_data`
+) -> str:  # of an HTML file
+    "The page of a result."
+    from rsna_seg.report.scan import scan_page
 
     scan, record = result.scan, result.record
     who, instances = patient_and_study(scan)
@@ -311,10 +316,16 @@ def write_page(result: Segmentation, path: Path):
     title = scan.name
     if result.anonymous:
         title, notes = "Scan", nameless(notes, scan)
-    write_scan_report(
-        path, title, scan, result.mask, result.organs, result.findings, facts, notes,
-        window=(result.card.level, result.card.width), sure=result.sure, instances=instances,
+    return scan_page(
+        title, scan, result.mask, result.organs, result.findings, facts, notes, sure=result.sure,
+        window=(result.card.level, result.card.width), instances=instances, **options,
     )  # fmt: skip
+
+
+def write_page(result: Segmentation, path: Path):
+    "Writes report.html."
+    with whole_file(path) as part:
+        part.write_text(result_page(result), encoding="utf-8")
 
 # %% ../nbs/06_predict.ipynb #3f6e793b
 def write_seg(result: Segmentation, path: Path):

@@ -78,7 +78,8 @@ def case_data(case: CaseSlices) -> dict:  # for `json.dumps`
     heights, spacing = _grid(case, [*kept], truth.shape[1:])
     blank = np.full(truth.shape[1:], 80, np.uint8)  # where no CT is at hand
     pictures = [blank if grey is None else fit_plane(grey, SIDE) for grey in greys]
-    letters = [base64.b64encode(cv2.imencode(".jpg", each)[1]).decode() for each in pictures]
+    files = (cv2.imencode(".jpg", each, [cv2.IMWRITE_JPEG_QUALITY, 80])[1] for each in pictures)
+    letters = [base64.b64encode(file).decode() for file in files]
     packed = [[packed_letters(plane) if plane.any() else "" for plane in mask]
               for mask in (predicted, truth)]  # fmt: skip
     return {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABSENT', 'SWATCH', 'UNITS', 'FILTERS', 'TEMPLATES', 'Section', 'format_value', 'table_rows', 'with_swatch',
            'column_digits', 'column_headings', 'sort_value', 'image_tag', 'with_anchors', 'render_report',
-           'write_report']
+           'write_report', 'InFrame']
 
 # %% ../../nbs/report/01_page.ipynb #df0685f2
 import base64
@@ -212,3 +212,15 @@ def write_report(
     page = render_report(title, summary, sections, warnings, **options)
     with whole_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
+
+# %% ../../nbs/report/01_page.ipynb #7ddf232b
+@dataclass(frozen=True)
+class InFrame:
+    "A page that a notebook displays as it is."
+    page: str = field(repr=False)  # HTML
+    title: str = "page"  # for those who cannot see it
+    height: int = 860  # pixels
+
+    def _repr_html_(self):
+        frame = '<iframe srcdoc="{}" title="{}" width="100%" height="{}" style="border: 0">'
+        return Markup(f"{frame}</iframe>").format(self.page, self.title, self.height)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOFT', 'COARSER', 'STEPS', 'MOST_LETTERS', 'UNSURE', 'HEADINGS', 'LINK', 'WINDOWS', 'CENTRES', 'COLUMNS',
            'packed_letters', 'packed_hu', 'hu_step', 'fit_plane', 'telling_slice', 'organ_middle', 'least_sure',
-           'viewer_data', 'organ_rows', 'preview', 'organ_table', 'viewer_html', 'write_scan_report']
+           'viewer_data', 'organ_rows', 'preview', 'organ_table', 'viewer_html', 'scan_page', 'write_scan_report']
 
 # %% ../../nbs/report/03_scan.ipynb #c0da5f69
 import base64
@@ -21,7 +21,8 @@ from ..anatomy.checks import Finding
 from ..anatomy.measure import slice_origins
 from ..ct.organs import ORGAN, ORGANS, overlay
 from ..ct.scan import Scan, jpeg, window
-from .page import SWATCH, TEMPLATES, Section, image_tag, write_report
+from ..files import whole_file
+from .page import SWATCH, TEMPLATES, Section, image_tag, render_report
 from .plots import Paper, organ_legend
 
 # %% ../../nbs/report/03_scan.ipynb #6b44ada2
@@ -140,6 +141,7 @@ def viewer_data(
     instances: list[str] = (),  # DICOM's InstanceNumber of each slice
     most: int = 300,  # slices that are shown
     side: int = 512,  # pixels of a slice's longer side at most
+    letters: float = MOST_LETTERS,  # of all slices; the HU are rounded until it suffices
 ) -> dict:  # for `json.dumps`
     "The slices for the script; raises `ValueError` if scan and mask differ in shape."
     if scan.hu.shape != mask.shape:
@@ -152,7 +154,8 @@ def viewer_data(
     if sure is not None:
         doubts = (fit_plane(sure[z], side, cv2.INTER_NEAREST) < UNSURE * 255 for z in ranks)
         labels = [plane | doubt * _UNSURE_BIT for plane, doubt in zip(labels, doubts)]
-    step = hu_step([fit_plane(scan.hu[z], side) for z in ranks[:: len(ranks) // 6 + 1]], len(ranks))
+    some = [fit_plane(scan.hu[z], side) for z in ranks[:: len(ranks) // 6 + 1]]
+    step = hu_step(some, len(ranks), letters)
     organs = _organ_data(labels)
     start = telling_slice(np.transpose([organ["counts"] for organ in organs]))
     shape = len(ranks), *labels[0].shape
@@ -170,7 +173,7 @@ def viewer_data(
         "texts": [f"Slice {z + 1} of {count}{place * measured}" for z, place in zip(ranks, places)],
         "hu": [packed_hu(fit_plane(scan.hu[z], side), step) for z in ranks],
         "labels": [packed_letters(plane) if plane.any() else "" for plane in labels],
-        "masks": [], "others": [], "doubt_words": ("Least sure on", "unsure"),
+        "masks": None, "others": [], "doubt_words": ("Least sure on", "unsure"),
     }  # fmt: skip
 
 # %% ../../nbs/report/03_scan.ipynb #5f128c6c
@@ -285,8 +288,7 @@ def viewer_html(
     ))  # fmt: skip
 
 
-def write_scan_report(
-    path: str | Path,  # the HTML file; missing folders are made
+def scan_page(
     title: str,  # the heading of the page
     scan: Scan,
     mask: np.ndarray,  # class of each voxel, uint8, (z, row, col)
@@ -295,8 +297,8 @@ def write_scan_report(
     facts: dict = {},  # what is said above the picture: name, value
     notes: list[str] = (),  # sentences about the scan and the method
     **options,  # of `viewer_data`
-):
-    "Write the report of a scan as one HTML file, whole or not at all; raises as `viewer_data`."
+) -> str:  # of an HTML file
+    "The page of a scan; raises as `viewer_data`."
     data = viewer_data(scan, mask, **options)
     z = data["ranks"][data["start"][0]]
     grey = window(fit_plane(scan.hu[z], 512), *data["window"])
@@ -315,4 +317,15 @@ def write_scan_report(
     if notes:
         sections.append(Section("About this scan", notes=list(notes)))
     general = [finding.text for finding in findings if finding.organ not in organs.index]
-    write_report(path, title, [], sections, general, heading="Please check", extra="scan")
+    return render_report(title, [], sections, general, heading="Please check", extra="scan")
+
+
+def write_scan_report(
+    path: str | Path,  # the HTML file; missing folders are made
+    *page,  # as for `scan_page`
+    **options,  # same
+):
+    "Write the page of a scan, whole or not at all; raises as `viewer_data`."
+    text = scan_page(*page, **options)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
