@@ -8,7 +8,7 @@ from test_viewer import at, canvas, pixels, point, readout, table  # noqa: F401
 
 from rsna_seg.ct.organs import ALL_ORGANS, ORGANS, palette
 from rsna_seg.report import cases
-from rsna_seg.report.cases import case_data, case_drawer, join_cases, read_case, write_case
+from rsna_seg.report.cases import case_data, case_drawer, join_cases, write_case
 from rsna_seg.scoring.judge import CaseSlices, Judge, Spacing
 
 SHAPE = (30, 60, 80)  # as in test_viewer, whose millimetres hold here
@@ -61,23 +61,25 @@ def test_only_the_worst_volumes_keep_a_page(tmp_path, monkeypatch):
 
 
 def test_two_pages_become_one_on_the_slices_that_both_have(tmp_path):
-    kept = []
+    kept, paths = [], [tmp_path / "a.html", tmp_path / "b.html"]
     judged(kept.append)
     judged(kept.append, wrong_slice=12)
     a, b = map(case_data, kept)
-    b = {**b, **{k: b[k][1:] for k in ("ranks", "hu", "labels", "texts")}, "others": [b["others"][0][1:]]}
-    both = join_cases(a, b, ("old", "new"))
+    b |= {k: b[k][1:] for k in ("ranks", "hu", "labels", "texts")}
+    b |= {"others": [b["others"][0][1:]], "start": [9, 0, 0]}
+    for path, data, case in zip(paths, (a, b), kept):
+        write_case(path, data, case.rows)
+    both = join_cases(*paths, ("old", "new"))
     assert both["ranks"] == a["ranks"][1:] and both["masks"] == ["old", "new", "Truth"]
     assert both["texts"][both["start"][0]] == "z 12"  # as wrong as z 20, and the first of them
-    assert join_cases(a, {**b, "ranks": []}, ("old", "new")) is None
-    assert read_case(tmp_path / "none.html") is None
+    assert join_cases(paths[0], tmp_path / "none.html", ("old", "new")) is None
 
 
 @pytest.fixture(scope="module")
 def page_of_case(tmp_path_factory):
     kept, folder = [], tmp_path_factory.mktemp("case")
     judged(kept.append)
-    write_case(folder / "p.html", "Patient p", case_data(kept[0]), kept[0].rows, {"Mean Dice": "0.9"})
+    write_case(folder / "p.html", case_data(kept[0]), kept[0].rows)
     return folder / "p.html"
 
 

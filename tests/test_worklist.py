@@ -46,7 +46,7 @@ def test_the_most_urgent_come_first_and_names_lead_to_pages(tmp_path):
     page = write_index(Job((), str(tmp_path), outputs=OUTPUTS), records).read_text()
     places = [page.index(f'data-value="{state}"') for state in ("failed", "not done yet", "to check", "done")]
     assert places == sorted(places)
-    assert "4 scans: 1 failed, 1 not done yet, 1 to check, 1 done." in page
+    assert "Scans: 4; 1 failed, 1 not done yet, 1 to check, 1 done." in page
     assert '<a href="b%20%231/report.html">b #1</a>' in page and "No &lt;CT&gt;." in page
     assert '<a href="a/organs.nii.gz">nifti</a>' in page and "c/organs.nii.gz" not in page
     write_index(Job((), str(tmp_path)), records)

@@ -9,7 +9,6 @@ __all__ = ['MOST', 'NEAR', 'sketch', 'find_copies', 'Quality', 'summarise', 'ins
 from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
-from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -56,17 +55,17 @@ def find_copies(
     series: pd.DataFrame,  # patient, series, split, pictures (of `picture_key`), sketches
 ) -> pd.DataFrame:  # a row a pair of series of different patients
     "Which series share slices: `same` to the pixel, `near` of at most MOST that are compared."
-    series, rows = series.reset_index(drop=True), []
-    near, keys = _near_pairs(series), series.pictures.explode().dropna()
-    shared = keys[keys.duplicated(keep=False)]
-    owners = (sorted({*each.index}) for _, each in shared.groupby(shared))
-    same = Counter(pair for each in owners for pair in combinations(each, 2))
-    for i, j in sorted({*same, *near}):
-        one, other = series.iloc[i], series.iloc[j]
+    series = series.reset_index(drop=True)
+    keys, near = series.pictures.explode().dropna().reset_index(), _near_pairs(series)
+    pairs = keys[keys.pictures.duplicated(keep=False)].merge(keys, on="pictures")
+    same = Counter(pair for pair in zip(pairs.index_x, pairs.index_y) if pair[0] < pair[1])
+    rows = []
+    for pair in sorted({*same, *near}):
+        one, other = (series.loc[k] for k in pair)
         if one.patient != other.patient:
             names = [f"{each.patient} / {each.series}" for each in (one, other)]
             splits = " and ".join(dict.fromkeys((one.split, other.split)))
-            rows.append([*names, same[i, j], near.get((i, j), 0), splits])
+            rows.append([*names, same[pair], near.get(pair, 0), splits])
     return pd.DataFrame(rows, columns=["series", "is like", "same", "near", "splits"])
 
 # %% ../../nbs/anatomy/03_inspect.ipynb #b0ec7162

@@ -12,12 +12,12 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import current_process
 from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 import torch
@@ -26,14 +26,13 @@ from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from ..ct.inputs import opened, scan_table
-from ..ct.organs import ORGANS
 from ..ct.scan import jpeg, mid_planes
 from ..files import RsnaSegError, whole_file, writing
 from ..model import file_sha256
 from rsna_seg.predict import (
     OUTPUTS, USUAL_OUTPUTS, PredictConfig, Predictor, as_json, check_outputs, save_segmentation,
 )  # fmt: skip
-from ..report.page import Section, image_tag, write_report
+from ..report.page import TEMPLATES, Section, write_report
 from ..report.scan import organ_middle
 
 # %% ../../nbs/app/03_many.ipynb #c7feba33
@@ -145,46 +144,18 @@ def _state(record):
     return "to check" if record["findings"] else "done"
 
 
-def _index_row(record, outputs):
-    "What index.html says of a scan; its name is a link."
-    texts, folder, picture = [f["text"] for f in record["findings"]], quote(record["name"]), None
-    items = Markup("").join(Markup("<li>{}</li>").format(text) for text in texts)
-    many = f"{len(texts)} finding{'s' * (len(texts) > 1)}"
-    folded = Markup("<details><summary>{}</summary><ul>{}</ul></details>").format(many, items)
-    if record.get("picture"):
-        alt = f"{record['name']} with its organs in three planes"
-        picture = image_tag(base64.b64decode(record["picture"]), alt)
-    link, where = Markup('<a href="{}/{}">{}</a>'), "report.html" if "report" in outputs else ""
-    files = Markup(" ").join(link.format(folder, OUTPUTS[key].file, key) for key in outputs)
-    ml = {organ["organ"]: organ["ml"] for organ in record["rows"]}
-    done, name = bool(record["rows"]), record["name"]
-    return {
-        "scan": link.format(folder, where, name) if done else name, "planes": picture,
-        "state": _state(record), **{f"{o.name}, ml": ml.get(o.key) for o in ORGANS},
-        "what to check": record["reason"] or (folded if texts else ""),
-        "files": files if done else "",
-    }  # fmt: skip
-
-
 def write_index(job: Job, records: list[dict]) -> Path:  # of index.html
     "Writes the page of all scans."
-    states = [_state(record) for record in records]
-    first = sorted(zip(states, records), key=lambda pair: STATES.index(pair[0]))
-    rows = [_index_row(record, job.outputs) for _, record in first]
-    table = pd.DataFrame(rows, dtype=object)  # else pandas makes plain texts of links
-    table = table.astype({f"{o.name}, ml": float for o in ORGANS})
-    table = table.set_index(pd.Index(table.pop("scan"), dtype=object, name="scan"))
-    counts = [f"{states.count(state)} {state}" for state in STATES if state in states]
-    text = (
-        "A click on a heading sorts, the field finds words and names. An organ without a volume was"
-        " not looked for, or the scan has no spacing or was not segmented. A network drew the"
-        " organs, and nobody has checked them."
-    )
-    section = Section("Scans", text, table, digits=0, absent="no value", sortable=True)
-    scans = f"{len(records)} scan{'s' * (len(records) > 1)}: {', '.join(counts)}."
+    records = [{"picture": "", **record, "state": _state(record)} for record in records]
+    records.sort(key=lambda record: STATES.index(record["state"]))
+    counts = Counter(record["state"] for record in records)
+    files = {key: OUTPUTS[key].file for key in job.outputs}
+    table = TEMPLATES.get_template("many.html").render(records=records, files=files)
+    number = ", ".join(f"{count} {state}" for state, count in counts.items())
+    summary, path = [f"Scans: {len(records)}; {number}."], Path(job.out, "index.html")
     with writing(job.out):
-        write_report(Path(job.out, "index.html"), "Segmented scans", [scans], [section])
-    return Path(job.out, "index.html")
+        write_report(path, "Segmented scans", summary, [Section("Scans", html=Markup(table))])
+    return path
 
 # %% ../../nbs/app/03_many.ipynb #833211ad
 def predict_many(

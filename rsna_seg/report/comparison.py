@@ -8,12 +8,11 @@ __all__ = ['differences_figure', 'write_comparison']
 # %% ../../nbs/report/05_comparison.ipynb #656179b1
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ..ct.cases import case_name
 from ..ct.organs import in_words
-from .cases import back_link, join_cases, read_case, write_case
+from .cases import join_cases, write_case
 from .evaluation import BETTER, NAMES, case_section, write_numbers
 from .page import Section, write_report
 from .plots import paired_differences, save_png
@@ -60,46 +59,28 @@ def _metric_section(result, metric):
     absent = "no patient has this score in both, or too few to tell"
     return Section(metric.name, text, table, digits=max(2, metric.digits), absent=absent)
 
-
-def _stacked(paths):
-    "Pictures above each other as one PNG, or None if one is missing or damaged."
-    images = [cv2.imread(str(path)) for path in paths]
-    if any(image is None for image in images):
-        return None
-    width = max(image.shape[1] for image in images)
-    white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
-    padded = [cv2.copyMakeBorder(i, 0, 8, 0, width - i.shape[1], **white) for i in images]
-    return cv2.imencode(".png", np.concatenate(padded))[1].tobytes()
-
 # %% ../../nbs/report/05_comparison.ipynb #be9280fa
 def _join_pages(result, case, path):
     "Writes the page of a case with both predictions if both reports have one of it."
-    pages = [read_case(folder / "cases" / path.name) for folder in result.folders]
-    data = None if None in pages else join_cases(*pages, result.names)
-    if data is None:
-        return
+    data = join_cases(*(folder / "cases" / path.name for folder in result.folders), result.names)
     rows = result.volumes.query("patient == @case.patient and series == @case.series")
-    a, b = result.names
-    columns = [(f"Dice, {a}", "dice_a", 3, "no Dice"), (f"Dice, {b}", "dice_b", 3, "no Dice")]
+    columns = [(f"Dice, {name}", f"dice_{k}", 3, "no Dice") for name, k in zip(result.names, "ab")]
     columns.append(("true ml", "truth_ml_a", 0, "not known"))
-    title, facts = f"Patient {case.patient}, series {case.series}", {"Report": back_link(path.stem)}
-    write_case(path, title, data, rows.assign(state=rows.state_a), facts, tuple(columns))
+    if data:
+        write_case(path, data, rows.assign(state=rows.state_a), tuple(columns))
 
 
 def _case_parts(result, cases, out):
-    "A part for each of these volumes, with both models' numbers, pictures and a page."
+    "A part for each of these volumes, with both models' numbers, and a page."
     a, b = result.names
     shown = {
         "dice_a": f"Dice, {a}", "dice_b": f"Dice, {b}", "predicted_ml_a": f"found by {a}, ml",
         "predicted_ml_b": f"found by {b}, ml", "truth_ml_a": "true, ml",
     }  # fmt: skip
-    caption = f"Above {a}, below {b}. Filled: prediction; outlined: truth."
     for case in cases:
-        name = case_name(case)
-        image = _stacked([folder / "cases" / f"{name}.png" for folder in result.folders])
-        page = out / "cases" / f"{name}.html"
+        page = out / "cases" / f"{case_name(case)}.html"
         _join_pages(result, case, page)
-        yield case_section(case, result.volumes, shown, image, caption, page, "note_a")
+        yield case_section(case, result.volumes, shown, None, "", page, "note_a")
 
 
 def _cases(result, out, most=20):

@@ -208,35 +208,27 @@ def _series_table(series):
 MOST_SERIES = 200  # with their slices on the page, suspects first
 
 
-def largest_slices(
-    quality: Quality,
-    most: int = MOST_SERIES,
-    size: int = 240,  # pixels of a slice
-):
+def largest_slices(quality: Quality):
     "A part for each series: of every organ the slice on which it is largest, side by side."
     slices = dict(list(quality.data.manifest.groupby(["patient", "series"])))
-    for one in _chosen(quality, most).itertuples():
+    for one in _chosen(quality, MOST_SERIES).itertuples():
         rows = slices[one.patient, one.series]
-        organs = [o for o in ORGANS if rows[o.key].max() > 0]
-        shown = [rows.loc[rows[o.key].idxmax()] for o in organs] or [_most_organs(rows)]
-        pictures = [_picture(quality.data, row, size) for row in shown]
-        names = ", ".join(f"{o.name.lower()} z {row.z}" for o, row in zip(organs, shown))
-        yield Section(
-            f"Patient {one.patient}, series {one.series}", image=jpeg(np.hstack(pictures)),
-            caption=f"Where each organ is largest: {names}." if names else "No organ in any slice.",
-            alt="Slices with their organs in colour",
-            anchor=f"slices-{one.patient}-{one.series}",
-        )  # fmt: skip
+        largest = {o.name.lower(): rows[o.key].idxmax() for o in ORGANS if rows[o.key].max() > 0}
+        names = ", ".join(f"{name} z {rows.z[index]}" for name, index in largest.items())
+        shown = [rows.loc[index] for index in largest.values()] or [_most_organs(rows)]
+        image = jpeg(np.hstack([_picture(quality.data, row, 240) for row in shown]))
+        name = f"{one.patient} / {one.series}"
+        caption = f"Where each organ is largest: {names or 'there is none'}."
+        alt = "Slices with their organs in colour"
+        yield Section(name, image=image, anchor=name, alt=alt, caption=caption)
 
 
 def _every_series(quality):
     "The table of all series, with their slices on demand."
     table, parts = _series_table(quality.series), list(largest_slices(quality))
-    keys = {part.anchor: part for part in parts}
-    links = {key: name for key in table.index if (name := "slices-{}-{}".format(*key)) in keys}
-    text = "A series' name leads to the slices on which its organs are largest."
-    if len(parts) < len(table):
-        text += f" {len(parts)} of {len(table)} series are shown so, suspects first."
+    links = {key: " / ".join(key) for key in table.index}
+    links = {key: name for key, name in links.items() if name in {part.anchor for part in parts}}
+    text = f"{len(links)} series open: the slices on which each organ is largest."
     return Section("Every series", text, table, digits=2, absent="not known", sortable=True,
                    links=links, parts=parts)  # fmt: skip
 
@@ -251,8 +243,8 @@ _VOLUMES = (
     " the spread of the other patients."
 )
 _COPIES = (
-    "Series of different patients that share pictures. Same: equal to the pixel. Near: nearly so, as"
-    " after JPEG or another size; at most 50 slices a series were compared. Look at both, give one"
+    "Series of different patients that share pictures: the same to the pixel, or near, as after"
+    " JPEG or another size; of a series at most 50 slices are compared so. Look at both, give one"
     " patient one name, or leave one out: in two splits a model is judged on what it was shown."
 )
 _SHEET = "Of each series the slice with the most organs; suspects come first, in red."
@@ -262,7 +254,7 @@ _SPACING = "Of the series as they were in the source; the pixel is that of the p
 
 def _sections(quality):
     "The parts of the page; those without anything to show are left out."
-    suspects, data, series = quality.suspects, quality.data, quality.series
+    suspects, data = quality.suspects, quality.data
     advice = [f"{kind.capitalize()}: {ADVICE[kind]}" for kind in suspects.kind.unique()]
     nothing = "Sides, order, fit of mask and image, volumes and files were checked."
     notes = quality.findings.drop(suspects.index)

@@ -21,8 +21,8 @@ from ..files import whole_file
 from .cases import MOST_CASES, example_figure, worst_first
 from .page import Section, format_value, write_report
 from rsna_seg.report.plots import (
-    Paper, confusion_matrix, dice_by_volume, organ_bars, organ_dots, reliability_curves,
-    roc_curves, save_png, tidy, training_curves,
+    Paper, confusion_matrix, organ_bars, organ_dots, reliability_curves, roc_curves, save_png,
+    tidy, training_curves,
 )  # fmt: skip
 from ..scoring.intervals import MEAN, interval_text
 from rsna_seg.scoring.judge import (
@@ -172,7 +172,6 @@ def figures(
         drawn["examples"] = example_figure(result)
     if volumes.hd95_mm.notna().any():
         drawn["boundary"] = organ_dots(by_patient, "hd95_mm", "HD95 in mm", log=True)
-        drawn["dice_by_volume"] = dice_by_volume(volumes[["organ", "truth_ml", "dice"]])
     if (volumes.truth_ml > 0).any():
         drawn["volume_agreement"] = volume_agreement(volumes)
     if result.roc is not None:
@@ -323,8 +322,6 @@ def _sections(result, scores, drawn):
                 " diamond is the mean, the bar its 95 % interval. Look for dots far to the left."),
         *figure("boundary", "Distance of the outlines", "Each dot is a patient: 95 % of the outline"
                 " lies nearer than this."),
-        *figure("dice_by_volume", "Size and Dice", "Small organs have more edge for their size, and"
-                " so a lower Dice for the same care."),
         *figure("volume_agreement", "Volumes", "A dot is a volume. Above 0 too much was found; the"
                 " line is the mean error, 95 % of errors lie between the dashed ones. A slope says"
                 " that large organs fare otherwise than small ones."),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVES', 'png_bytes', 'save_png', 'Paper', 'organ_legend', 'tidy', 'training_curves', 'LiveCurves',
            'confusion_matrix', 'roc_curves', 'reliability_curves', 'case_panels', 'mosaic', 'organ_bars', 'organ_dots',
-           'dice_by_volume', 'paired_differences']
+           'paired_differences']
 
 # %% ../../nbs/report/00_plots.ipynb #ddfdfdaf
 import base64
@@ -350,23 +350,6 @@ def organ_dots(
     tidy(ax, "x", xlabel=label, ylabel="", ylim=(len(names) - 0.5, -0.5))
     if means is not None:
         _draw_means(ax, means)
-    return fig
-
-# %% ../../nbs/report/00_plots.ipynb #volumco1
-def dice_by_volume(
-    table: pd.DataFrame,  # a row a patient and organ; columns organ (key), truth_ml, dice
-) -> Paper:
-    "Dice by the true volume of the organ, a dot a patient."
-    fig = Paper(6.6, 3)
-    ax = fig.subplots()
-    ax.set_xscale("log")
-    known = table[(table.truth_ml > 0) & table.dice.notna()]
-    for o in ORGANS:
-        rows = known[known.organ == o.key]
-        ax.scatter(rows.truth_ml, rows.dice, s=34, color=o.color, marker=o.marker,
-                   edgecolor="black", linewidth=0.4, label=f"{o.name} (n = {len(rows)})")
-    tidy(ax, xlabel="true volume in ml", ylabel="Dice")
-    fig.legend(loc="outside right center", frameon=False)
     return fig
 
 # %% ../../nbs/report/00_plots.ipynb #paireco1

@@ -53,17 +53,16 @@ class Run:
         return self.history.loc[self.history.valid_dice.idxmax()]
 
     def _repr_html_(self):
-        dice, text = self.history.valid_dice, f"<b>{escape(str(self.folder))}</b>: no epoch yet"
+        dice, best = self.history.valid_dice, "no epoch yet"
         if dice.any():
             best = f"best epoch {self.best.epoch:.0f}, Dice of pooled pixels {dice.max():.3f}"
-            text = text.replace("no epoch yet", f"{len(dice)} epochs, {best}")
         step = 280 / max(1, len(dice) - 1)
         points = " ".join(f"{10 + i * step:.0f},{75 - 70 * d:.0f}" for i, d in enumerate(dice))
-        line = f'<polyline points="{points}" fill="none" stroke="#CC3311" stroke-width="2"/>'
         return (
-            f"<p>{text}{'' if self.finished else ', not finished'}</p>"
-            '<svg width="300" height="80" role="img" aria-label="Dice of each epoch, 0 to 1">'
-            f'<path d="M10 5V75H290" fill="none" stroke="#777777"/>{line}</svg>'
+            f"<p><b>{escape(str(self.folder))}</b>: {len(dice)} epochs, {best}</p>"
+            '<svg width="300" height="80" role="img" aria-label="Dice of each epoch, 0 to 1"'
+            ' fill="none"><path d="M10 5V75H290" stroke="#777777"/>'
+            f'<polyline points="{points}" stroke="#CC3311" stroke-width="2"/></svg>'
         )
 
 
