@@ -81,24 +81,6 @@ _FLIPS = {  # of each way to treat the sides; one that does nothing draws its nu
     "off": (A.NoOp, A.NoOp),
 }
 
-# %% ../nbs/01_augment.ipynb #ff9a2c0f
-_plain = {key: hu for key, hu, *_ in reversed(TISSUES.values())}  # of each organ's first tissue
-PLAIN_HU = np.array([_plain.get(c.key, TISSUES["muscle"][1]) for c in CLASSES])  # without agent
-
-
-def _other_phase(image, mask, window, rng):
-    "The slice as with a share of the agent, between none and all of it."
-    (level, width), share = window, rng.uniform()
-    hu = level + (image.astype(np.float32) / 255 - 0.5) * width
-    plain = PLAIN_HU + rng.normal(0, 12, len(PLAIN_HU))
-    for left, right in PAIRS:
-        plain[left.id] = plain[right.id]
-    base = cv2.GaussianBlur(plain.astype(np.float32)[mask], (0, 0), len(mask) / 128)
-    base, organ = (of.reshape(*mask.shape, *[1] * (image.ndim - 2)) for of in (base, mask > 0))
-    less = np.where(organ | (hu > base), base + share * (hu - base), hu)
-    less += (1 - share) * rng.normal(0, rng.uniform(0, 12), less.shape)
-    return np.clip(np.round((less - level) / width * 255 + 127.5), 0, 255).astype(np.uint8)
-
 # %% ../nbs/01_augment.ipynb #40e133fe
 def _lower():
     "A resolution that is lower by up to half, on the same pixels."
@@ -146,3 +128,21 @@ class Augment:
         self.compose.set_random_state(np.random.default_rng(number), random.Random(number))
         out = self.compose(image=image, mask=mask)
         return np.ascontiguousarray(out["image"]), np.ascontiguousarray(out["mask"])
+
+# %% ../nbs/01_augment.ipynb #ff9a2c0f
+_plain = {key: hu for key, hu, *_ in reversed(TISSUES.values())}  # of each organ's first tissue
+PLAIN_HU = np.array([_plain.get(c.key, TISSUES["muscle"][1]) for c in CLASSES])  # without agent
+
+
+def _other_phase(image, mask, window, rng):
+    "The slice as with a share of the agent, between none and all of it."
+    (level, width), share = window, rng.uniform()
+    hu = level + (image.astype(np.float32) / 255 - 0.5) * width
+    plain = PLAIN_HU + rng.normal(0, 12, len(PLAIN_HU))
+    for left, right in PAIRS:
+        plain[left.id] = plain[right.id]
+    base = cv2.GaussianBlur(plain.astype(np.float32)[mask], (0, 0), len(mask) / 128)
+    base, organ = (of.reshape(*mask.shape, *[1] * (image.ndim - 2)) for of in (base, mask > 0))
+    less = np.where(organ | (hu > base), base + share * (hu - base), hu)
+    less += (1 - share) * rng.normal(0, rng.uniform(0, 12), less.shape)
+    return np.clip(np.round((less - level) / width * 255 + 127.5), 0, 255).astype(np.uint8)
