@@ -112,8 +112,8 @@ class Segmentation:
         with tempfile.TemporaryDirectory() as folder:
             write_page(self, path := Path(folder, "page.html"), most=150, side=256, letters=4e6)
             page = escape(path.read_text(encoding="utf-8"))
-        look = 'title="slices of the scan" width="100%" height="860" style="border: 0"'
-        return HTML(f'<div><iframe srcdoc="{page}" {look}></iframe></div>')
+        frame = f'<iframe title="the scan" srcdoc="{page}" width="100%" height="860"></iframe>'
+        return HTML(f"<div>{frame}</div>")
 
     def __repr__(self):
         volumes = [f"{key} {ml:.0f} ml" for key, ml in self.organs.ml.dropna().items()]
@@ -308,7 +308,7 @@ def write_page(
         **options,
     )  # fmt: skip
 
-# %% ../nbs/06_predict.ipynb #3f6e793b
+# %% ../nbs/06_predict.ipynb #5a239998
 def write_seg(result: Segmentation, path: Path):
     "Writes a DICOM SEG."
     from rsna_seg.ct.outputs import save_dicom_seg
@@ -322,7 +322,7 @@ def write_rtstruct(result: Segmentation, path: Path):
 
     save_rtstruct(result.mask, result.scan, path, result.card.labelled, result.record)
 
-
+# %% ../nbs/06_predict.ipynb #3f6e793b
 def write_masks(result: Segmentation, path: Path):
     "Writes a PNG for each slice."
     from rsna_seg.ct.outputs import save_png_masks

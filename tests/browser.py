@@ -53,6 +53,7 @@ def opened(browser, path, anchor="", **options):
     try:
         context.set_offline(True)
         context.set_default_timeout(5000)
+        context.set_default_navigation_timeout(30000)
         page, seen = context.new_page(), Seen()
         page.on("console", lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: seen.problems.append(str(e)))

@@ -57,7 +57,7 @@ def test_the_most_urgent_come_first_and_names_lead_to_pages(tmp_path):
 def test_500_scans_stay_usable(browser, many):
     start = time.perf_counter()
     with opened(browser, many, viewport={"width": 1400, "height": 900}) as (page, seen):
-        assert time.perf_counter() - start < 10 and many.stat().st_size < 12e6
+        assert time.perf_counter() - start < 20 and many.stat().st_size < 12e6
         names = lambda: page.locator("tbody tr:not([hidden]) th").all_inner_texts()
         assert len(names()) == 500 and names()[0] == "broken 0" and names()[5] == "scan 0"
         assert page.evaluate(SORT) < 2000 and page.evaluate(SORT) < 2000  # ms; 20 when idle

@@ -139,9 +139,9 @@ STATES = "failed", "not done yet", "to check", "done"  # of a scan, the most urg
 
 
 def _state(record):
-    if not record["rows"]:
-        return "failed" if record["reason"] else "not done yet"
-    return "to check" if record["findings"] else "done"
+    if record["rows"]:
+        return "to check" if record["findings"] else "done"
+    return "failed" if record["reason"] else "not done yet"
 
 
 def write_index(job: Job, records: list[dict]) -> Path:  # of index.html

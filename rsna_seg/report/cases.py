@@ -28,10 +28,7 @@ from .scan import fit_plane, least_sure, organ_middle, packed_letters, viewer_ht
 from ..scoring.judge import CaseSlices, Evaluation
 
 # %% ../../nbs/report/06_cases.ipynb #085414e6
-def wrong_organs(
-    one: np.ndarray,  # class of each voxel, uint8, (slice, row, col)
-    other: np.ndarray,  # same
-) -> list[dict]:
+def wrong_organs(one: np.ndarray, other: np.ndarray) -> list[dict]:  # of masks, (slice, row, col)
     "Of each organ: its colour, the pixels on each slice that either has, the most unlike slices."
     organs = []
     for o in ORGANS:
@@ -62,8 +59,8 @@ def case_data(case: CaseSlices) -> dict:  # for `json.dumps`
     if mm.known:
         heights = np.cumsum(mm.slice_mm) if mm.positions is None else np.asarray(mm.positions)
         heights = [float(heights[rank]) for rank in kept]
-        step = float(np.diff(heights).mean() if len(heights) > 1 else mm.slice_mm[0])
-        spacing = [step, mm.row_mm * rows, mm.col_mm * cols]
+        step = (heights[-1] - heights[0]) / max(1, len(heights) - 1) or mm.slice_mm[0]
+        spacing = [float(step), mm.row_mm * rows, mm.col_mm * cols]
     blank = np.full(truth.shape[1:], 80, np.uint8)  # where no CT is at hand
     pictures = (blank if grey is None else fit_plane(grey, SIDE) for grey in greys)
     files = (cv2.imencode(".jpg", each, [cv2.IMWRITE_JPEG_QUALITY, 80])[1] for each in pictures)
@@ -99,10 +96,8 @@ def write_case(
 ):
     "Writes the page of a case, whole or not at all."
     patient, series = rows[["patient", "series"]].iloc[0]
-    organs = []
-    for shown, row in zip(data["organs"], rows.to_dict("records")):
-        why = row["state"] if row["state"] == "not labelled" else ""
-        organs.append({**shown, **row, "why": why, "warnings": [], "source": ""})
+    common, each = {"why": "", "warnings": [], "source": ""}, rows.to_dict("records")
+    organs = [{**common, **shown, **row} for shown, row in zip(data["organs"], each)]
     z = data["start"][0]
     grey = cv2.imdecode(np.frombuffer(base64.b64decode(data["hu"][z]), np.uint8), 0)
     still = overlay(grey, _mask(data["labels"][z], grey.shape))
@@ -177,8 +172,8 @@ def join_cases(
     if not ranks or a["shape"][1:] != b["shape"][1:]:
         return None
     of_a, of_b = ([each["ranks"].index(rank) for rank in ranks] for each in (a, b))
-    lists = [key for key in ("hu", "texts", "labels", "origins") if a[key]]
-    kept = {key: [a[key][z] for z in of_a] for key in lists}
+    lists = {key: a[key] for key in ("hu", "texts", "labels", "origins") if a[key]}
+    kept = {key: [each[z] for z in of_a] for key, each in lists.items()}
     others = [[b["labels"][z] for z in of_b], [a["others"][-1][z] for z in of_a]]
     one, other = (np.stack([_mask(letters, a["shape"][1:]) for letters in each])
                   for each in (kept["labels"], others[0]))  # fmt: skip

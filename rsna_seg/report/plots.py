@@ -136,7 +136,7 @@ def training_curves(
     axes[large].xaxis.set_major_locator(MaxNLocator(integer=True))
     if "lr" in history and (history.lr > 0).any():
         axes["Learning rate"].set_yscale("log")
-    fig.supxlabel("epoch", fontsize=10)
+    axes[large].set_xlabel("epoch")
     shown = [o for o in ORGANS if f"valid_dice_{o.key}" in history]
     names = {"training": "#777777", "validation": "#CC3311", **{o.name: o.color for o in shown}}
     handles = [Patch(label=name, color=color) for name, color in names.items()]

@@ -94,9 +94,7 @@ def telling_slice(
     return int(order[-1])
 
 # %% ../../nbs/report/03_scan.ipynb #e7e6c916
-def organ_middle(
-    mask: np.ndarray,  # class of each voxel, (z, row, col)
-) -> list[int]:
+def organ_middle(mask: np.ndarray) -> list[int]:  # of classes, (z, row, col)
     "The voxel (z, row, col) at the organs' centre of mass, or amid the volume without organs."
     inside = mask > 0 if mask.any() else np.ones(mask.shape, bool)
     counts = (inside.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
