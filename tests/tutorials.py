@@ -106,7 +106,7 @@ def save_outputs(name):
         folder, page = Path(place), nbformat.read(TUTORIALS / name, as_version=4)
         (folder / "drive").mkdir()
         here = {"package": str(make_wheel(folder / "wheel")), "gpu_script": f"file://{TOP}/benchmarks/gpu.py"}
-        lacking = {key: value for key, value in here.items() if f"\n{key} = " in str(page)}
+        lacking = {key: value for key, value in here.items() if any(f"\n{key} = " in cell.source for cell in page.cells)}
         notebook = parameterized(name, **lacking)
         run_in_kernel(notebook, folder, STAND_IN_DRIVE=str(folder / "drive"))
         notebook = nbformat.reads(nbformat.writes(notebook).replace(str(folder), "/home/you"), as_version=4)
