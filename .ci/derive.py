@@ -32,9 +32,10 @@ def readme():
     return re.sub(links, r"](nbs/\1)", text).strip() + "\n"
 
 
-for notebook in sorted((top / "nbs").rglob("*.ipynb")):
-    text = notebook.read_text(encoding="utf-8")
+LINKING = "nbs/**/*.ipynb", "nbs/guide/*.md", "C*.md", "CITATION.cff", ".github/ISSUE_TEMPLATE/*.yml"
+for path in sorted(path for pattern in LINKING for path in top.glob(pattern)):
+    text = path.read_text(encoding="utf-8")
     if with_owner(text) != text:
-        notebook.write_text(with_owner(text), encoding="utf-8")
+        path.write_text(with_owner(text), encoding="utf-8")
 refresh_quarto_yml()
 (top / "README.md").write_text(readme(), encoding="utf-8")

@@ -1,0 +1,73 @@
+"""Write the site's pages to _proc, to be rendered by `quarto render _proc` or `smalldocs render _proc`.
+
+nbdev links a symbol to the published site, and does so in signatures too, where a link is only noise.
+Here such a link leads to the page beside it, a signature gets its words back, and a default that is
+a whole object is shortened to its name.
+"""
+
+import json
+import re
+from pathlib import Path, PurePosixPath
+
+from nbdev.config import get_config
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+
+TITLE = re.compile(r"output-file: (\S+)")
+
+
+def symbol_pages(pages, top):
+    "The notebook of each address below the site's root, such as ct/scan.html: ct/01_scan.ipynb."
+    found = {}
+    for page in pages:
+        head = "".join(json.loads(page.read_text(encoding="utf-8"))["cells"][0]["source"])
+        if name := TITLE.search(head):
+            notebook = page.relative_to(top)
+            found[str(PurePosixPath(notebook.parent, name[1]))] = notebook
+    return found
+
+
+def short_defaults(code):
+    "The code with each `name=Class(many, settings)` as `name=Class(…)`."
+    inner = r"\((?:[^()]|\([^()]*\)){30,}\)"
+    return re.sub(rf"(=[A-Z]\w*){inner}(?=[,)]|\n| #)", r"\1(…)", code)
+
+
+def with_near_links(text, home, notebooks, site):
+    "The text with links to symbols from the page `home`; none in code or in the words of a link."
+    symbol = rf"\[(`[^`]+`)\]\({re.escape(site)}/([^)#]+)(#[^)]*)?\)"
+    text = re.sub(rf"\[([^\[\]]*){symbol}([^\[\]]*)\]\(", r"[\1\2\5](", text)
+    up = "../" * (len(home.parts) - 1)
+
+    def near(link):
+        return f"[{link[1]}]({up}{notebooks[link[2]]}{link[3] or ''})"
+
+    parts = re.split(r"(?ms)(^```.*?^```)", text)
+    parts[::2] = [re.sub(symbol, near, part) for part in parts[::2]]
+    parts[1::2] = [short_defaults(re.sub(symbol, r"\1", part)) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def main():
+    "Lets nbdev process the notebooks, then mends their links."
+    config = get_config()
+    refresh_quarto_yml()
+    top = proc_nbs()
+    site = f"{config.doc_host}{config.doc_baseurl}"
+    pages = sorted(top.rglob("*.ipynb"))
+    notebooks = symbol_pages(pages, top)
+    for page in pages:
+        notebook = json.loads(page.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            texts = [(cell, "source")] if cell["cell_type"] == "markdown" else []
+            data = (output.get("data", {}) for output in cell.get("outputs", []))
+            texts += [(each, "text/markdown") for each in data if "text/markdown" in each]
+            for where, key in texts:
+                home = page.relative_to(top)
+                text = with_near_links("".join(where[key]), home, notebooks, site)
+                where[key] = text.splitlines(keepends=True)
+        page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":  # nbdev's workers import this file
+    main()
