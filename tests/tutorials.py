@@ -55,6 +55,17 @@ def environment(folder, given):
     return {**ENVIRONMENT, "PIP_TARGET": packages, "PYTHONPATH": path, **given}
 
 
+def joined(outputs):
+    "The outputs, with what was printed in a row as one."
+    kept = []
+    for output in outputs:
+        if kept and output.get("name") and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def run_in_kernel(notebook, folder, **given):
     "Runs the notebook as Jupyter does, in a kernel of its own that finds nothing imported."
     place = {"metadata": {"path": str(folder)}}
@@ -62,7 +73,7 @@ def run_in_kernel(notebook, folder, **given):
     client.execute(env={**os.environ, **environment(folder, given)})
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = joined(output for output in cell.outputs if WIDGET not in output.get("data", {}))
 
 
 def _work(notebook, folder, given, log):
@@ -77,8 +88,7 @@ def _work(notebook, folder, given, log):
     shell = CaptureShell()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            shell.cell(cell)
-            for output in cell.outputs:
+            for output in shell.run(cell.source):
                 print("".join(output.get("text") or output.get("data", {}).get("text/plain", "")), flush=True)
             if shell.exc:
                 shown = getattr(shell.exc, "_render_traceback_", lambda: [f"Traceback: {shell.exc!r}"])()
