@@ -35,6 +35,55 @@ from .report.evaluation import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run
 
+# %% ../nbs/05_evaluate.ipynb #40c8f96a
+def _same_data(card, data):
+    "Whether the checkpoint was trained on this folder, alone or with others."
+    trained_on = {card.dataset, *(each["dataset"] for each in card.sets)} - {""}
+    return data.info["fingerprint"] in trained_on
+
+# %% ../nbs/05_evaluate.ipynb #a78f9bc6
+def _seen(card, data, split):
+    "A sentence if patients that are judged were in the checkpoint's training."
+    judged, persons, seen = {*data.part(split).patient}, data.info.get("persons", {}), set()
+    moved = {each["dataset"]: each["moved"] for each in card.sets}
+    for part in data.sets.values():
+        if _same_data(card, part):
+            rows = open_data(part.folder, card.config.get("fold")).manifest
+            rows = rows[rows.split != "none"]
+            sides = dict(zip(rows.patient, rows.split)) | moved.get(part.info["fingerprint"], {})
+            taught = {persons.get(name, name) for name, side in sides.items() if side == "train"}
+            seen |= taught & judged
+    return [f"{len(seen)} of the {len(judged)} patients were in the training of this checkpoint:"
+            " these scores are no test of it."] if seen else []  # fmt: skip
+
+# %% ../nbs/05_evaluate.ipynb #6201dfe9
+def _models(checkpoint):
+    "The checkpoints that are meant: one file, a run's best, or those of a folder of runs."
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    runs = sorted(path.parent for path in checkpoint.glob("*/history.csv"))
+    runs = [checkpoint] if (checkpoint / "history.csv").exists() else runs
+    if not runs:
+        raise ConfigError(
+            f"{checkpoint} holds no training run;"
+            " give a .pth, a run's folder, or a folder of runs, one a fold."
+        )
+    return [open_run(run).checkpoint for run in runs]
+
+# %% ../nbs/05_evaluate.ipynb #859e920c
+def _check_folds(models, cards, sets):
+    "Raises `ConfigError` unless each of several checkpoints has a fold of the data for itself."
+    folds = [card.config.get("fold") for card in cards]
+    for path, card, fold in zip(models, cards, folds):
+        if fold is None or not all(_same_data(card, data) for data in sets):
+            raise ConfigError(
+                f"{path} was not trained on {sets[0].folder} with a --fold;"
+                " several runs are judged together only as a cross-validation."
+            )
+        if folds.count(fold) > 1:
+            raise ConfigError(f"{path} is one of several runs with --fold {fold}; leave one.")
+
 # %% ../nbs/05_evaluate.ipynb #ff23d2cc
 class _JudgedSlices(SliceDataset):
     "Slices with masks and pictures on the pixels of the source, and the error if one is damaged."
@@ -111,55 +160,6 @@ def _judge_part(judge, engine, card, data, split, batch_size, workers):
                 _take(case, z[part], marginal_logits(logits, card.labelled), masks, greys.numpy())
         for _ in of_series:  # what is left of a broken series
             pass
-
-# %% ../nbs/05_evaluate.ipynb #40c8f96a
-def _same_data(card, data):
-    "Whether the checkpoint was trained on this folder, alone or with others."
-    trained_on = {card.dataset, *(each["dataset"] for each in card.sets)} - {""}
-    return data.info["fingerprint"] in trained_on
-
-# %% ../nbs/05_evaluate.ipynb #a78f9bc6
-def _seen(card, data, split):
-    "A sentence if patients that are judged were in the checkpoint's training."
-    judged, persons, seen = {*data.part(split).patient}, data.info.get("persons", {}), set()
-    moved = {each["dataset"]: each["moved"] for each in card.sets}
-    for part in data.sets.values():
-        if _same_data(card, part):
-            rows = open_data(part.folder, card.config.get("fold")).manifest
-            rows = rows[rows.split != "none"]
-            sides = dict(zip(rows.patient, rows.split)) | moved.get(part.info["fingerprint"], {})
-            taught = {persons.get(name, name) for name, side in sides.items() if side == "train"}
-            seen |= taught & judged
-    return [f"{len(seen)} of the {len(judged)} patients were in the training of this checkpoint:"
-            " these scores are no test of it."] if seen else []  # fmt: skip
-
-# %% ../nbs/05_evaluate.ipynb #6201dfe9
-def _models(checkpoint):
-    "The checkpoints that are meant: one file, a run's best, or those of a folder of runs."
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        return [checkpoint]
-    runs = sorted(path.parent for path in checkpoint.glob("*/history.csv"))
-    runs = [checkpoint] if (checkpoint / "history.csv").exists() else runs
-    if not runs:
-        raise ConfigError(
-            f"{checkpoint} holds no training run;"
-            " give a .pth, a run's folder, or a folder of runs, one a fold."
-        )
-    return [open_run(run).checkpoint for run in runs]
-
-# %% ../nbs/05_evaluate.ipynb #859e920c
-def _check_folds(models, cards, sets):
-    "Raises `ConfigError` unless each of several checkpoints has a fold of the data for itself."
-    folds = [card.config.get("fold") for card in cards]
-    for path, card, fold in zip(models, cards, folds):
-        if fold is None or not all(_same_data(card, data) for data in sets):
-            raise ConfigError(
-                f"{path} was not trained on {sets[0].folder} with a --fold;"
-                " several runs are judged together only as a cross-validation."
-            )
-        if folds.count(fold) > 1:
-            raise ConfigError(f"{path} is one of several runs with --fold {fold}; leave one.")
 
 # %% ../nbs/05_evaluate.ipynb #01cd4327
 def _about(path, card):

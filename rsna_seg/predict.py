@@ -316,7 +316,7 @@ def write_page(result: Segmentation, path: Path):
         window=(result.card.level, result.card.width), sure=result.sure, instances=instances,
     )  # fmt: skip
 
-# %% ../nbs/06_predict.ipynb #3f6e793b
+# %% ../nbs/06_predict.ipynb #5a239998
 def write_seg(result: Segmentation, path: Path):
     "Writes a DICOM SEG."
     from rsna_seg.ct.outputs import save_dicom_seg
@@ -330,7 +330,7 @@ def write_rtstruct(result: Segmentation, path: Path):
 
     save_rtstruct(result.mask, result.scan, path, result.card.labelled, result.record)
 
-
+# %% ../nbs/06_predict.ipynb #3f6e793b
 def write_masks(result: Segmentation, path: Path):
     "Writes a PNG for each slice."
     from rsna_seg.ct.outputs import save_png_masks

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,44 @@ from rsna_seg.scoring.intervals import MEAN, VERDICTS, compare_patients, holm, m
 from rsna_seg.scoring.judge import Judge, Spacing, metrics
 
 TOO_FEW, UNSURE = VERDICTS[3], VERDICTS[2]
+CHAPTERS = sorted((Path(__file__).resolve().parents[1] / "nbs").glob("0[02-6]_*.ipynb"))
+
+
+def cells_of(chapter):
+    "Kind, source, and what is shown (texts, names of other forms) of each cell that a reader sees."
+    for cell in json.loads(chapter.read_text())["cells"]:
+        source, outputs = "".join(cell["source"]), cell.get("outputs", [])
+        texts = ["".join(o.get("text", []) or o.get("data", {}).get("text/plain", [])) for o in outputs]
+        pictures = sum("image/" in " ".join(o.get("data", {})) or "data:image" in str(o.get("data", {}).get("text/html")) for o in outputs)
+        if not source.startswith("#| hide"):
+            yield cell["cell_type"], source, "\n".join(texts), pictures
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
+def test_a_chapter_shows_before_it_defines(chapter):
+    "What one has at the end and how long it takes, a picture, and at most four definitions in a row."
+    cells = list(cells_of(chapter))
+    first_export = next(i for i, (_, source, *_) in enumerate(cells) if re.match(r"#\| export\s+(@|def |class )", source))
+    opening = cells[:first_export]
+    prose = [source for kind, source, *_ in opening if kind == "markdown"]
+    assert "colab-badge" in prose[1] and "\n" not in prose[1]
+    assert "The page takes" in prose[2] and any(pictures for *_, pictures in opening)
+    row = 0
+    for kind, source, *_ in cells:
+        if kind == "code":
+            row = row + len(re.findall(r"(?m)^(?:def|class) ", source)) if source.startswith("#| export") else 0
+            assert row <= 4, source
+            assert all(len(line) <= 100 for line in source.splitlines()), source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
+def test_a_score_in_the_prose_is_one_that_the_page_shows(chapter):
+    cells = list(cells_of(chapter))
+    shown = "\n".join(source + text for kind, source, text, _ in cells if kind == "code")
+    for kind, source, *_ in cells:
+        if kind == "markdown" and "benchmarks/" not in source and "ImageNet's own mean" not in source:
+            for number in re.findall(r"(?<![\d.,])0\.\d\d+(?!\d)", re.sub(r"`[^`]*`", "", source)):
+                assert number in shown, (number, source)
 
 
 def judged(patients, kept, seed=0, labelled=ALL_ORGANS):
