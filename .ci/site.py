@@ -1,6 +1,6 @@
-"""Write the site's pages to _proc, to be rendered by `quarto render _proc` or `smalldocs render _proc`.
+"""Write the site's pages to _proc; then `quarto render _proc`, or offline `smalldocs render _proc`.
 
-nbdev links a symbol to the published site, and does so in signatures too, where a link is only noise.
+nbdev links a symbol to the published site, and in signatures too, where a link is only noise.
 Here such a link leads to the page beside it, a signature gets its words back, and a default that is
 a whole object is shortened to its name.
 """
@@ -16,14 +16,18 @@ from nbdev.serve import proc_nbs
 TITLE = re.compile(r"output-file: (\S+)")
 
 
-def symbol_pages(pages, top):
-    "The notebook of each address below the site's root, such as ct/scan.html: ct/01_scan.ipynb."
+def symbol_targets(pages, top):
+    "The place of each address below the site's root; of ct/scan.html: ct/01_scan.ipynb."
     found = {}
     for page in pages:
-        head = "".join(json.loads(page.read_text(encoding="utf-8"))["cells"][0]["source"])
+        text = page.read_text(encoding="utf-8")
+        head = "".join(json.loads(text)["cells"][0]["source"])
         if name := TITLE.search(head):
             notebook = page.relative_to(top)
-            found[str(PurePosixPath(notebook.parent, name[1]))] = notebook
+            address = str(PurePosixPath(notebook.parent, name[1]))
+            found[address] = str(notebook)
+            for symbol in re.findall(r'"### (\w[\w.]*)\\n"', text):
+                found[f"{address}#{symbol.lower()}"] = f"{notebook}#{symbol.lower()}"
     return found
 
 
@@ -33,14 +37,15 @@ def short_defaults(code):
     return re.sub(rf"(=[A-Z]\w*){inner}(?=[,)]|\n| #)", r"\1(…)", code)
 
 
-def with_near_links(text, home, notebooks, site):
+def with_near_links(text, home, targets, site):
     "The text with links to symbols from the page `home`; none in code or in the words of a link."
     symbol = rf"\[(`[^`]+`)\]\({re.escape(site)}/([^)#]+)(#[^)]*)?\)"
     text = re.sub(rf"\[([^\[\]]*){symbol}([^\[\]]*)\]\(", r"[\1\2\5](", text)
     up = "../" * (len(home.parts) - 1)
 
     def near(link):
-        return f"[{link[1]}]({up}{notebooks[link[2]]}{link[3] or ''})"
+        address = link[2] + (link[3] or "")
+        return f"[{link[1]}]({up}{targets.get(address, targets[link[2]])})"
 
     parts = re.split(r"(?ms)(^```.*?^```)", text)
     parts[::2] = [re.sub(symbol, near, part) for part in parts[::2]]
@@ -55,7 +60,7 @@ def main():
     top = proc_nbs()
     site = f"{config.doc_host}{config.doc_baseurl}"
     pages = sorted(top.rglob("*.ipynb"))
-    notebooks = symbol_pages(pages, top)
+    targets = symbol_targets(pages, top)
     for page in pages:
         notebook = json.loads(page.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
@@ -64,7 +69,7 @@ def main():
             texts += [(each, "text/markdown") for each in data if "text/markdown" in each]
             for where, key in texts:
                 home = page.relative_to(top)
-                text = with_near_links("".join(where[key]), home, notebooks, site)
+                text = with_near_links("".join(where[key]), home, targets, site)
                 where[key] = text.splitlines(keepends=True)
         page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

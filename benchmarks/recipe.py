@@ -39,6 +39,7 @@ RECIPES = {
         USERS, batch_size=CT.batch_size, accumulation=1, augment=AugmentConfig(sides="off")
     ),
     "ct": CT,
+    "ct without phantoms": replace(CT, phantoms=0),
     "ct with flips": ct(sides="keep"),
     "ct with exchanging flips": ct(sides="exchange"),
     "ct with rotations to 45°": ct(rotate_limit=45),
@@ -125,7 +126,8 @@ def one_run(name, fold, seed, args):
             tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name))
     swapped = 100 * side_confusion(left_out.matrix)
     about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": steps}
-    return {**about, "seconds": taken, "swapped": swapped}, pd.concat(tables).assign(**about)
+    curve = run.history[["seconds", "valid_dice"]].round(4).to_dict(orient="list")
+    return {**about, "seconds": taken, "swapped": swapped, "curve": curve}, pd.concat(tables).assign(**about)
 
 
 def summary(scores):
@@ -151,6 +153,7 @@ def main():
         tables.append(scores)
         means = scores.groupby("judged").apply(lambda t: t.groupby("organ").dice.mean().mean(), include_groups=False)
         said = {**run, **means.to_dict()}
+        del said["curve"]
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
     scores, runs = pd.concat(tables), pd.DataFrame(runs)
     scores["recipe"] = pd.Categorical(scores.recipe, args.only)

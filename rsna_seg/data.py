@@ -240,10 +240,11 @@ class StepSampler(Sampler):
         sets: np.ndarray | None = None,  # number of each slice's set, (slices,); one set if None
         weights: Sequence[float] = (),  # how often each set is drawn; the root of its slices if ()
         classes: np.ndarray | None = None,  # bool, (sets, class), what masks show; None: all alike
+        alone: int = 0,  # first epochs, in which only the last set is drawn
     ):
         self.slices, self.shuffle, self.seed = slices, shuffle, seed
         self.sets = np.zeros(slices, int) if sets is None else np.asarray(sets)
-        self.weights, self.classes = weights, classes
+        self.weights, self.classes, self.alone = weights, classes, alone
         self.batch_size, self.virtual_batch = batch_size, batch_size * accumulation
         self.process, self.processes = process, processes
         self.epoch, self.start = 0, 0  # start: steps of the epoch that are done already
@@ -256,6 +257,7 @@ class StepSampler(Sampler):
         turns = rng.permutation(self.slices)
         sizes = np.bincount(self.sets, minlength=len(self.weights))
         weights = np.where(sizes > 0, self.weights if len(self.weights) else np.sqrt(sizes), 0)
+        weights[:-1] *= self.epoch >= self.alone
         ends = np.rint(self.slices * np.cumsum(weights) / weights.sum()).astype(int)
         for number, count in enumerate(np.diff(ends, prepend=0)):
             members = rng.permutation(np.flatnonzero(self.sets == number))
@@ -300,7 +302,7 @@ def make_loader(
     dataset: SliceDataset,
     batch_size: int = 32,
     workers: int = 16,  # processes, at most one for each core; 0 loads in the training process
-    **order,  # accumulation, shuffle, seed, process, processes and weights of `StepSampler`
+    **order,  # accumulation, shuffle, seed, process, processes, weights, alone of `StepSampler`
 ) -> DataLoader:  # of uint8 images and masks; `loader.batch_sampler.epoch` sets the epoch
     "Batches of slices; the last one may be short."
     cv2.setNumThreads(0)

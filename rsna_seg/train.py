@@ -40,6 +40,7 @@ from rsna_seg.training.loop import (
     Tally, freeze_encoder, load_state, make_loop, put_state, read_state, save_state,
     start_accelerator, train_epoch, valid_epoch,
 )  # fmt: skip
+from .training.phantoms import phantom_data, phantom_turns
 from rsna_seg.training.plan import (
     Plan, fitting_batch, make_plan, peak_memory, try_batch, used_settings,
 )  # fmt: skip
@@ -72,26 +73,30 @@ class FitConfig:
     channels: Literal["copies", "neighbours"] = "copies"  # neighbours (2.5-D): if organs look alike
     dice_over: Literal["batch", "image"] = "batch"  # image: of each slice; gradients add up exactly
     weights: tuple[float, ...] = ()  # how often each set is drawn; the root of its slices if none
+    phantoms: int = 0  # synthetic patients to train on beside the data, as its last set
+    phantoms_alone: float = 0.0  # share of the epochs, the first, in which they are all there is
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # logs besides history.csv
 
     def __post_init__(self):
         if self.size < 64 or self.size % 32:
             raise ConfigError(f"size {self.size} is not a multiple of 32 from 64 up.")
         above = "batch_size accumulation epochs lr max_hours most_skipped clip patience".split()
-        least = "weight_decay dice focal workers seed save_minutes freeze_epochs".split()
+        least = "weight_decay dice focal workers seed save_minutes freeze_epochs phantoms".split()
         for name in (*above, *least):
             value, low = getattr(self, name), "above 0" if name in above else "from 0 up"
             if value is not None and not (0 <= value < math.inf and (value or name in least)):
                 raise ConfigError(f"{name} {value} is not a finite number {low}.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema {self.ema} is not a number from 0 to below 1.")
+        if not 0 <= self.phantoms_alone <= 1:
+            raise ConfigError(f"phantoms_alone {self.phantoms_alone} is not a share from 0 to 1.")
         if self.dice + self.focal == 0:
             raise ConfigError("dice or focal needs a weight; both are 0.")
 
     @classmethod
     def ct(cls, **settings):  # other than those of the recipe `ct`
-        "The recipe `ct`: small steps, many of them, and pictures as other scanners make them."
-        steps = {"batch_size": 8, "accumulation": 1, "augment": AugmentConfig.ct()}
+        "The recipe `ct`: many small steps, other scanners' pictures, and synthetic patients."
+        steps = {"batch_size": 8, "accumulation": 1, "augment": AugmentConfig.ct(), "phantoms": 96}
         return cls(**{**steps, **settings})
 
     @property
@@ -106,6 +111,11 @@ class TrainConfig(FitConfig):
     preset: Literal["first", "base"] = "first"  # best_model_512.pth; Kaggle: best_mobilenet.pth
     encoder_weights: str = "imagenet"  # "imagenet", "none" for random, or a file of weights
 
+    @classmethod
+    def ct(cls, **settings):  # other than those of the recipe `ct`
+        "The recipe `ct`, which begins with synthetic patients alone."
+        return super().ct(**{"phantoms_alone": 0.3, **settings})
+
     @property
     def checkpoint(self):
         "File name of the best checkpoint."
@@ -115,6 +125,11 @@ class TrainConfig(FitConfig):
 def open_for_training(folders, config: FitConfig, window: Window | None = None) -> SliceData:
     "The dataset, split as the settings say; raises `DataError` if no epoch could be the best."
     data = open_sets(folders, config.fold, window)
+    if config.phantoms:
+        drawn = phantom_data(config.phantoms, data.info["labelled"], min(config.size, 256))
+        folders = [folders] if isinstance(folders, (str, Path)) else [*folders]
+        folds = [config.fold] * len(folders)
+        data = open_sets([*folders, drawn], [*folds, None], data.window)
     if config.weights and [0 < w < math.inf for w in config.weights] != [True] * len(data.sets):
         raise ConfigError(f"--weights needs {len(data.sets)} numbers above 0, one a set.")
     if not (data.part(config.validate_on)[data.info["labelled"]] > 0).any(axis=None):
@@ -133,7 +148,7 @@ def begin_model(config: TrainConfig) -> nn.Module:
 # %% ../nbs/03_train.ipynb #1c16b838
 def _slices(data, config):
     "The training slices."
-    augment = Augment(config.augment)
+    augment = Augment(config.augment, data.window[:2])
     return SliceDataset(data, "train", config.size, augment, config.seed, config.channels)
 
 
@@ -143,8 +158,11 @@ def _begin_loop(model, data, config, accelerator, taught=ALL_ORGANS):
     valid = SliceDataset(data, config.validate_on, config.size, channels=config.channels)
     share = dict(workers=config.workers, process=accelerator.process_index, processes=count)
     order = dict(accumulation=config.accumulation, shuffle=True, seed=config.seed)
+    order |= {"weights": config.weights}
+    if config.phantoms:
+        order |= phantom_turns(train.sets, config.weights, config.phantoms_alone * config.epochs)
     loaders = (
-        make_loader(train, config.batch_size, **order, **share, weights=config.weights),
+        make_loader(train, config.batch_size, **order, **share),
         make_loader(valid, config.batch_size, accumulation=count, **share),
     )
     where = accelerator.device.type, accelerator.mixed_precision, count

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "files": (),
     "ct": ("files",),
     "anatomy": ("files", "ct"),
-    "training": ("files", "ct", "scoring.metrics", "model"),
+    "training": ("files", "ct", "scoring.metrics", "data", "model"),
     "scoring": ("files", "ct"),
     "engines": ("files", "ct", "model"),
     "report": ("files", "ct", "scoring", "anatomy"),

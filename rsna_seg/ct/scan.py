@@ -177,10 +177,10 @@ def _in_order(volume, turn):
 def empty_volume(
     grid: Grid,  # of the source
     dtype: type,
-    axes: np.ndarray = PATIENT_AXES,  # 4x4 to LPS mm, along whose axes the volume shall run
+    axes: np.ndarray | None = None,  # 4x4 to LPS mm, along which the volume runs; the patient's
 ) -> tuple:  # the volume (z, row, col), a view of it in the source's order, its affine to LPS mm
     "A volume of zeros to be filled in the source's order."
-    turn = _turn(grid.affine, axes)
+    turn = _turn(grid.affine, PATIENT_AXES if axes is None else axes)
     shape = [grid.shape[int(axis)] for axis in np.argsort(turn[:, 0])]
     volume = np.zeros(shape, dtype)
     affine = LPS_RAS @ grid.affine @ orient.inv_ornt_aff(turn, grid.shape)

@@ -78,14 +78,14 @@ def _join_rows(sets, names):
 
 # %% ../../nbs/ct/14_sets.ipynb #9817e338
 def open_sets(
-    folders: str | Path | Sequence,  # one dataset folder, or several
+    folders: str | Path | Sequence,  # one dataset folder, or several; one may be opened already
     fold: int | Sequence | None = None,  # as for `open_data`, of all or of each
     common: png.Window | None = None,  # to bring the pictures to; by `common_window` if None
 ) -> SliceData:  # with set and size in its manifest; a lone folder in that window: as it is
     "Dataset folders as one; raises `DataError` if one is incomplete or given twice."
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     folds = fold if isinstance(fold, list) else [fold] * len(folders)
-    sets = [open_data(*each) for each in zip(folders, folds)]
+    sets = [d if isinstance(d, SliceData) else open_data(d, k) for d, k in zip(folders, folds)]
     names = [data.folder.name for data in sets]
     names = [f"{n}-{i}" if names.count(n) > 1 else n for i, n in enumerate(names, 1)]
     windows, prints = zip(*((data.window, data.info["fingerprint"]) for data in sets))
