@@ -112,8 +112,7 @@ class Segmentation:
         with tempfile.TemporaryDirectory() as folder:
             write_page(self, path := Path(folder, "page.html"), most=150, side=256, letters=4e6)
             page = escape(path.read_text(encoding="utf-8"))
-        frame = f'<iframe title="the scan" srcdoc="{page}" width="100%" height="860"></iframe>'
-        return HTML(f"<div>{frame}</div>")
+        return HTML(f'<p><iframe title="scan" srcdoc="{page}" width="100%" height="860"></iframe>')
 
     def __repr__(self):
         volumes = [f"{key} {ml:.0f} ml" for key, ml in self.organs.ml.dropna().items()]

@@ -87,8 +87,7 @@ def read_record(
             record = json.loads(path.read_text())
             if record["made_of"] == made_of:
                 return record
-    name = row["name"]
-    return {"made_of": made_of, "name": name, "rows": [], "findings": [], "reason": ""}
+    return {"made_of": made_of, "name": row["name"], "rows": [], "findings": [], "reason": ""}
 
 # %% ../../nbs/app/03_many.ipynb #4fc00950
 def predict_one(job: Job, row: dict, fingerprint: str) -> dict:  # as for `read_record`

@@ -64,9 +64,7 @@ def format_value(
         return "yes" if value else "no"
     if isinstance(value, Integral):
         return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    if isinstance(value, Real):
-        return f"{value:.{digits}f}"
-    return value if isinstance(value, str) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, Real) else str(value)
 
 # %% ../../nbs/report/01_page.ipynb #d7398824
 def _label(index):
@@ -113,7 +111,7 @@ def sort_value(
     if isinstance(value, Real):
         number = int(value) if isinstance(value, Integral) else float(value)
         return repr(number).replace("inf", "Infinity")
-    return value.striptags() if isinstance(value, Markup) else str(value)
+    return str(value)
 
 # %% ../../nbs/report/01_page.ipynb #002490eb
 def image_tag(
