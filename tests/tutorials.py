@@ -24,7 +24,7 @@ TUTORIALS = TOP / "nbs" / "tutorials"
 STAND_INS = TOP / "tests" / "stand_ins"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENVIRONMENT = {
-    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "",
+    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "", "LOKY_MAX_CPU_COUNT": "1",
     "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore",
 }  # fmt: skip
 
