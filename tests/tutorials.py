@@ -51,6 +51,7 @@ def parameterized(name, stop=None, **parameters):
 def environment(folder, given):
     "What the notebook's process and those that it starts find in their environment; pip installs into the folder."
     packages = str(folder / "packages")
+    Path(packages).mkdir(parents=True, exist_ok=True)  # Python does not look again for a folder that was not there
     path = os.pathsep.join([packages, str(STAND_INS)])
     return {**ENVIRONMENT, "PIP_TARGET": packages, "PYTHONPATH": path, **given}
 
@@ -104,7 +105,7 @@ def run(notebook, folder, **given):
         log = Path(place, "log")
         process = SERVER.Process(target=_work, args=(notebook, folder, given, log))
         process.start()
-        process.join(300)
+        process.join(1500)
         process.kill()
         process.join()
         return process.exitcode == 0, log.read_text()
