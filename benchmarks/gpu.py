@@ -1,6 +1,6 @@
 """Does this project compute rightly on this GPU, and how fast? At most ten minutes, with data of its own and no network.
 
-    python gpu.py [--json FILE]
+    python gpu.py [--json FILE] [--parts PART ...]
 
 Ends with 0 if all is as wanted, with 1 if something is not, with 2 where there is no CUDA. Needs nothing but the installed
 package: the file may be copied anywhere.
@@ -648,13 +648,15 @@ def main():
     "The command."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here")
-    file = parser.parse_args().json
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"only these of: {', '.join(PARTS)}")
+    arguments = parser.parse_args()
+    file = arguments.json
     if not torch.cuda.is_available():
         print(f"gpu.py: PyTorch {torch.__version__} finds no CUDA GPU here, so there is nothing to try.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder))
-        found = run_parts(work, make_data(work))
+        found = run_parts(work, make_data(work), {name: PARTS[name] for name in arguments.parts})
     wrong = [f"{name}: {finding.name}" for name, findings in found.items() for finding in findings if finding.fine is False]
     if file:
         versions = {name: version(name) for name in ("rsna_seg", "torch", "accelerate", "segmentation-models-pytorch")}

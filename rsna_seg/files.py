@@ -33,6 +33,9 @@ def whole_file(
 class RsnaSegError(ValueError):
     "Something the user can mend: the text names the file, what is wrong and what to do."
 
+    def _render_traceback_(self):  # which notebooks show instead of the stack
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ScanError(RsnaSegError):
     "A scan or a mask that cannot be read as what it claims to be."

@@ -1,0 +1,1 @@
+"What the tutorials use of Colab, for machines that are not Colab's."
