@@ -39,7 +39,7 @@ setup(
     install_requires=lines("requirements"),
     extras_require={
         extra: lines(f"{extra}_requirements")
-        for extra in ("engines", "viewer", "track", "nbs", "bench", "dev")
+        for extra in ("engines", "track", "nbs", "bench", "dev")
     },
     entry_points={
         "console_scripts": lines("console_scripts"),
