@@ -31,7 +31,7 @@ from .engines.slices import from_square, mean_logits, squares_of
 from .files import ConfigError, DataError, RsnaSegError
 from .finetune import seen_window
 from .model import file_sha256, load_checkpoint, marginal_logits
-from .report.evaluation import case_drawer
+from .report.cases import case_drawer
 from .scoring.judge import Evaluation, Judge, Spacing, slices_to_show
 from .train import open_run
 

@@ -53,6 +53,7 @@ def opened(browser, path, anchor="", **options):
     try:
         context.set_offline(True)
         context.set_default_timeout(5000)
+        context.set_default_navigation_timeout(30000)
         page, seen = context.new_page(), Seen()
         page.on("console", lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: seen.problems.append(str(e)))
@@ -61,3 +62,14 @@ def opened(browser, path, anchor="", **options):
         yield page, seen
     finally:
         context.close()
+
+
+def faults(page):
+    "What axe-core finds serious or critical, as sentences with the first place."
+    try:
+        from axe_playwright_python.sync_playwright import Axe
+    except ImportError:
+        _lacking("axe is not installed: pip install axe-playwright-python")
+    found = Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    return [f"{v['id']}: {v['help']}: {v['nodes'][0]['html'][:200]}" for v in serious]

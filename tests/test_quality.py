@@ -96,6 +96,7 @@ def test_planted_mistakes_are_found(kaggle, tmp_path):
     with pytest.raises(OutputError, match="file"):
         write_quality(quality, tmp_path / "page" / "file")
     assert all(f"{patient} / " in page or f">{patient}<" in page for patient in found)
+    assert page.count("Where each organ is largest: ") == len(quality.series)
     assert pd.read_csv(tmp_path / "data" / "quality.csv", dtype=str).shape == quality.findings.shape
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from browser import opened
+from browser import faults, opened
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -122,6 +122,16 @@ def test_a_click_sorts(page, column):
         assert labels(page) == in_order(column, reverse)
         assert head.get_attribute("aria-sort") == says
         assert page.locator("[aria-sort]").count() == 1
+
+
+@pytest.mark.slow
+def test_pictures_grow_and_nothing_serious_is_wrong(page):
+    assert faults(page) == []
+    page.get_by_role("button", name="Enlarge: Grey noise").click()
+    large = page.get_by_role("dialog").get_by_role("img", name="Grey noise")
+    assert large.bounding_box()["width"] > 1000
+    page.get_by_role("button", name="Close").click()
+    assert large.count() == 0 or not large.is_visible()
 
 
 def test_sorting_by_two_columns_and_whole_rows(page):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from browser import opened
+from browser import faults, opened
 from test_report import EVIL, contrast
 
 from rsna_seg.anatomy.checks import Finding
@@ -495,7 +495,7 @@ def test_millimetres_decide_the_proportions(page):
 def test_light_dark_and_a_telephone(browser, report, scheme):
     with opened(browser, report, viewport={"width": 360, "height": 640}, color_scheme=scheme) as (page, seen):
         page.locator(".viewer[data-ready]").wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360 and faults(page) == []
         for box in page.locator(".viewer button:visible, .viewer input:visible").all():
             place = box.bounding_box()
             assert place["x"] >= 0 and place["x"] + place["width"] <= 360

@@ -310,7 +310,7 @@ def _predict_scans(command):
     print("".join(f"{note}\n" for card in cards for note in card.notes), end="")
     volumes, findings, failed = predict_many(job, command.scan, command.jobs)
     scans = volumes.scan.nunique() if len(volumes) else 0
-    print(f"{scans} scans segmented, {len(failed)} left out: {out / 'volumes.csv'}")
+    print(f"{scans} scans segmented, {len(failed)} left out: {out / 'index.html'}")
     print(f"{len(findings)} findings in {findings.scan.nunique()} of them: {out / 'findings.csv'}")
     left_out = failed.to_dict(orient="records")
     return {"scans": scans, "volumes": volumes.to_dict(orient="records"), "left_out": left_out}

@@ -136,9 +136,10 @@ def mid_planes(
     scan: Scan,
     mask: np.ndarray | None = None,  # class ids, (z, row, col), to be laid over it in colour
     height: int = 240,  # pixels
+    at: tuple | None = None,  # the voxel (z, row, col) to cut through; the middle if None
 ) -> np.ndarray:  # uint8, (height, width, 3)
-    "The middle axial, coronal and sagittal plane side by side, head up, one scale for all."
-    z, row, col = (n // 2 for n in scan.hu.shape)
+    "An axial, a coronal and a sagittal plane side by side, head up, one scale for all."
+    z, row, col = at or (n // 2 for n in scan.hu.shape)
     planes = (np.s_[z], "RL"), (np.s_[::-1, row], "RL"), (np.s_[::-1, :, col], "AP")
     between, down, across = scan.spacing
     pixels = np.array([(down, across), (between, across), (between, down)])  # mm

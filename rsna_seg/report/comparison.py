@@ -8,11 +8,11 @@ __all__ = ['differences_figure', 'write_comparison']
 # %% ../../nbs/report/05_comparison.ipynb #656179b1
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ..ct.cases import case_name
 from ..ct.organs import in_words
+from .cases import join_cases, write_case
 from .evaluation import BETTER, NAMES, case_section, write_numbers
 from .page import Section, write_report
 from .plots import paired_differences, save_png
@@ -59,39 +59,37 @@ def _metric_section(result, metric):
     absent = "no patient has this score in both, or too few to tell"
     return Section(metric.name, text, table, digits=max(2, metric.digits), absent=absent)
 
-
-def _stacked(paths):
-    "Pictures above each other as one PNG, or None if one is missing or damaged."
-    images = [cv2.imread(str(path)) for path in paths]
-    if any(image is None for image in images):
-        return None
-    width = max(image.shape[1] for image in images)
-    white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
-    padded = [cv2.copyMakeBorder(i, 0, 8, 0, width - i.shape[1], **white) for i in images]
-    return cv2.imencode(".png", np.concatenate(padded))[1].tobytes()
-
 # %% ../../nbs/report/05_comparison.ipynb #be9280fa
-def _case_parts(result, cases):
-    "A part for each of these volumes, with both models' numbers and pictures."
+def _join_pages(result, case, path):
+    "Writes the page of a case with both predictions if both reports have one of it."
+    data = join_cases(*(folder / "cases" / path.name for folder in result.folders), result.names)
+    rows = result.volumes.query("patient == @case.patient and series == @case.series")
+    columns = [(f"Dice, {name}", f"dice_{k}", 3, "no Dice") for name, k in zip(result.names, "ab")]
+    columns.append(("true ml", "truth_ml_a", 0, "not known"))
+    if data:
+        write_case(path, data, rows.assign(state=rows.state_a), tuple(columns))
+
+
+def _case_parts(result, cases, out):
+    "A part for each of these volumes, with both models' numbers, and a page."
     a, b = result.names
     shown = {
-        "dice_a": f"Dice, {a}", "dice_b": f"Dice, {b}", "predicted_ml_a": f"predicted ml, {a}",
-        "predicted_ml_b": f"predicted ml, {b}", "truth_ml_a": "true ml",
+        "dice_a": f"Dice, {a}", "dice_b": f"Dice, {b}", "predicted_ml_a": f"found by {a}, ml",
+        "predicted_ml_b": f"found by {b}, ml", "truth_ml_a": "true, ml",
     }  # fmt: skip
-    caption = f"Above {a}, below {b}. Filled: prediction; outlined: truth."
     for case in cases:
-        name = f"{case_name(case)}.png"
-        image = _stacked([folder / "cases" / name for folder in result.folders])
-        yield case_section(case, result.volumes, shown, image, caption, "note_a")
+        page = out / "cases" / f"{case_name(case)}.html"
+        _join_pages(result, case, page)
+        yield case_section(case, result.volumes, shown, None, "", page, "note_a")
 
 
-def _cases(result, most=20):
+def _cases(result, out, most=20):
     "The table of all volumes, the largest change first, and those that changed most."
     table = result.volumes.groupby(["patient", "series"])[["dice_a", "dice_b"]].mean()
     table.columns = [f"mean Dice, {name}" for name in result.names]
     table["difference"] = table.iloc[:, 1] - table.iloc[:, 0]
     table = table.sort_values("difference", key=abs, ascending=False, na_position="last")
-    parts = list(_case_parts(result, table.reset_index().head(most).itertuples()))
+    parts = list(_case_parts(result, table.reset_index().head(most).itertuples(), out))
     return Section(
         "Cases, the largest change first",
         "A click on a column's heading sorts, one on a case opens it.", table, sortable=True,
@@ -144,7 +142,7 @@ def write_comparison(
     write_numbers(out, numbers, result.volumes, result.slices)
     explained = _EXPLAIN if result.tables["dice"].low.count() else _EXPLAIN[1:]
     sections = [
-        figures[0], _cases(result), *(_metric_section(result, metric) for metric in known),
+        figures[0], _cases(result, out), *(_metric_section(result, metric) for metric in known),
         *figures[1:], Section("How each number is defined", notes=explained),
         Section("What it rests on", notes=ground),
     ]  # fmt: skip

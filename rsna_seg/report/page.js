@@ -23,6 +23,82 @@ document.addEventListener("click", event => {
 });
 document.documentElement.classList.add("scripted");
 
+// A long table has a field that finds rows by their text, and a choice for each column of few
+// texts, such as the state of a scan.
+function choices(table, column) {
+  const texts = new Set([...table.tBodies[0].rows].map(row => row.cells[column].dataset.value));
+  texts.delete("");
+  const short = [...texts].every(text => text.length < 25);
+  return short && texts.size > 1 && texts.size < 7 ? [...texts].sort() : [];
+}
+function addSearch(table) {
+  const rows = [...table.tBodies[0].rows].map(row => {
+    const texts = [...row.cells].map(cell => cell.textContent.toLowerCase());
+    return { row, text: texts.join("\n") };
+  });
+  const bar = document.createElement("div"), count = document.createElement("output");
+  const field = Object.assign(document.createElement("input"), { type: "search", autocomplete: "off" });
+  bar.className = "search";
+  const label = (text, control) => {
+    const element = document.createElement("label");
+    element.append(`${text} `, control);
+    bar.append(element);
+  };
+  label("Find", field);
+  const chosen = [...table.tHead.rows[0].cells].flatMap((head, column) => {
+    const button = head.querySelector("button:not([data-numeric])");
+    const texts = button && column ? choices(table, column) : [];
+    if (!texts.length) return [];
+    const select = document.createElement("select");
+    select.autocomplete = "off";
+    select.append(new Option("all", ""), ...texts.map(text => new Option(text, text)));
+    label(button.textContent, select);
+    return [{ select, column }];
+  });
+  const filter = () => {
+    const words = field.value.trim().toLowerCase();
+    let shown = 0;
+    for (const { row, text } of rows) {
+      const fits = chosen.every(({ select, column }) =>
+        !select.value || row.cells[column].dataset.value === select.value);
+      row.hidden = !(fits && text.includes(words));
+      shown += !row.hidden;
+    }
+    count.textContent = shown < rows.length ? `${shown} of ${rows.length} rows` : "";
+  };
+  bar.addEventListener("input", filter);
+  bar.append(count);
+  table.closest(".scroll").before(bar);
+}
+for (const table of document.querySelectorAll(".scroll table")) {
+  if (table.tBodies[0].rows.length > 10 && table.querySelector("thead button")) addSearch(table);
+}
+
+// Pictures: a click shows one as large as the window, a second in its own pixels.
+const large = document.createElement("dialog");
+large.className = "enlarged";
+large.addEventListener("click", event => {
+  if (event.target.tagName === "IMG") large.classList.toggle("whole");
+  else large.close();
+});
+for (const image of document.querySelectorAll("figure img")) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: "⤢" });
+  button.className = "enlarge";
+  button.title = "as large as the window; again: every pixel";
+  button.setAttribute("aria-label", `Enlarge: ${image.alt}`);
+  const show = () => {
+    const close = Object.assign(document.createElement("button"), { textContent: "Close" });
+    const copy = Object.assign(new Image(), { src: image.src, alt: image.alt });
+    large.replaceChildren(close, copy);
+    large.classList.remove("whole");
+    document.body.append(large);
+    large.showModal();
+  };
+  button.addEventListener("click", show);
+  image.addEventListener("click", show);
+  image.after(button);
+}
+
 // Links: one to a closed part opens it and hands it the focus, so that a screen reader reads on.
 function openTarget() {
   const target = location.hash && document.getElementById(location.hash.slice(1));

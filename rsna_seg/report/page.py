@@ -20,8 +20,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..ct.organs import ORGANS
 from ..files import whole_file
 from .plots import png_bytes
+from ..scoring.metrics import METRICS
 
 # %% ../../nbs/report/01_page.ipynb #7fd58ccf
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ TEMPLATES = Environment(
     loader=PackageLoader("rsna_seg.report", "."), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True,
 )  # fmt: skip
+TEMPLATES.globals |= {"ORGANS": ORGANS, "METRICS": METRICS}
 TEMPLATES.filters |= {f.__name__: f for f in FILTERS}
 
 # %% ../../nbs/report/01_page.ipynb #2df0e374

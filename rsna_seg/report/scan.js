@@ -22,6 +22,15 @@ function unrounded(code, { step, soft, coarser }) {
   return step * (soon + coarser * (code - soon));
 }
 
+// Greys of 0 to 255 instead of HU come as JPEG.
+async function inflateGreys(letters, greys, width, height) {
+  const picture = await createImageBitmap(new Blob([bytesOf(letters)], { type: "image/jpeg" }));
+  const tool = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  tool.drawImage(picture, 0, 0);
+  const { data } = tool.getImageData(0, 0, width, height);
+  for (let p = 0; p < greys.length; p++) greys[p] = data[4 * p];
+}
+
 function undoDifferences(bytes, hu, data) {
   const { step } = data, cols = data.shape[2];
   const count = hu.length;
@@ -43,10 +52,16 @@ async function unpackVolume(data, volume, first, arrived) {
   const bytes = new Uint8Array(2 * size);
   for (const z of order) {
     const start = z * size, end = start + size;
-    await inflate(data.hu[z], bytes);
-    undoDifferences(bytes, volume.hu.subarray(start, end), data);
-    if (data.labels[z]) await inflate(data.labels[z], volume.labels.subarray(start, end));
-    data.hu[z] = data.labels[z] = "";
+    if (data.masks) await inflateGreys(data.hu[z], volume.hu.subarray(start, end), cols, rows);
+    else {
+      await inflate(data.hu[z], bytes);
+      undoDifferences(bytes, volume.hu.subarray(start, end), data);
+    }
+    for (const [i, letters] of [data.labels, ...data.others].entries()) {
+      if (letters[z]) await inflate(letters[z], volume.masks[i].subarray(start, end));
+      letters[z] = "";
+    }
+    data.hu[z] = "";
     volume.ready[z] = 1;
     arrived(z);
   }
@@ -59,7 +74,7 @@ const PLANES = {
   sagittal: { along: 2, down: 0, across: 1 },
 };
 
-function cutPlane(volume, kind, index, out) {
+function cutPlane(volume, kind, index, mask, out) {
   const { along, down, across } = PLANES[kind];
   const { size, stride } = volume, width = size[across], height = size[down];
   for (let y = 0, q = 0; y < height; y++) {
@@ -67,8 +82,9 @@ function cutPlane(volume, kind, index, out) {
     let p = index * stride[along] + deep * stride[down];
     for (let x = 0; x < width; x++, q++, p += stride[across]) {
       out.hu[q] = volume.hu[p];
-      out.mask[q] = volume.labels[p] & 127;
-      out.unsure[q] = volume.labels[p] >> 7;
+      out.mask[q] = mask[p] & 127;
+      out.unsure[q] = mask[p] >> 7;
+      out.truth[q] = volume.truth[p] & 127;
     }
   }
 }
@@ -143,7 +159,7 @@ function makePlane(viewer, box) {
   });
   const cut = {
     hu: new Int16Array(width * height), mask: new Uint8Array(width * height),
-    unsure: new Uint8Array(width * height),
+    unsure: new Uint8Array(width * height), truth: new Uint8Array(width * height),
   };
   const plane = { kind, box, canvas, along, down, across, cut, view: { zoom: 1, x: 0, y: 0 } };
   let drawn = "", paths = new Map(), ratio = 1;
@@ -200,13 +216,23 @@ function makePlane(viewer, box) {
       if (state.shown.has(id)) table[id] = (alpha << 24 | blue << 16 | green << 8 | red) >>> 0;
     }
     const fill = state.organs && state.fill, unsure = state.unsure ? 0xe0ffffff : 0;
-    for (let q = 0; q < pixels.length; q++) {
+    if (state.errors) paintErrors(pixels, table);
+    else for (let q = 0; q < pixels.length; q++) {
       pixels[q] = unsure && cut.unsure[q] ? unsure : fill ? table[cut.mask[q]] : 0;
     }
     tool.putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(layer, 0, 0);
     context.imageSmoothingEnabled = true;
+  }
+  // Wrong pixels alone: solid in the true organ's colour, striped in that of a false alarm.
+  function paintErrors(pixels, table) {
+    const opaque = color => color && (color | 0xff000000) >>> 0;
+    for (let q = 0; q < pixels.length; q++) {
+      const shown = cut.mask[q], truth = cut.truth[q], x = q % width, y = (q - x) / width;
+      const striped = !truth && (x + y) % 4 > 1;
+      pixels[q] = shown === truth ? 0 : striped ? 0xff000000 : opaque(table[truth || shown]);
+    }
   }
   function stroke(path, color, thick) {
     context.lineWidth = thick * ratio;
@@ -265,10 +291,10 @@ function makePlane(viewer, box) {
     if (!size[0] || !size[1]) return;
     if (canvas.width !== size[0]) canvas.width = size[0];
     if (canvas.height !== size[1]) canvas.height = size[1];
-    const index = state.at[along], key = `${index} ${viewer.version(plane)}`;
+    const index = state.at[along], key = `${index} ${viewer.version(plane)} ${state.mask} ${state.blink}`;
     if (drawn !== key) {
-      cutPlane(volume, kind, index, cut);
-      paths = outlines(cut.mask, width, height);
+      cutPlane(volume, kind, index, volume.masks[state.mask], cut);
+      paths = outlines(state.blink ? cut.mask : cut.truth, width, height);
       drawn = key;
     }
     const [left, top] = plane.toScreen([0, 0]), [right, low] = plane.toScreen([1, 1]);
@@ -278,7 +304,7 @@ function makePlane(viewer, box) {
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.setTransform(matrix);
     paintGrey();
-    if (state.unsure || state.organs && state.fill) paintTint();
+    if (state.unsure || state.errors || state.organs && state.fill) paintTint();
     context.setTransform(1, 0, 0, 1, 0, 0);
     if (state.organs) paintOutlines(matrix);
     if (state.cross) paintCross();
@@ -399,11 +425,15 @@ function startViewer(root) {
   const volume = {
     size, stride: [size[1] * size[2], size[2], 1], ready: new Uint8Array(size[0]),
     hu: new Int16Array(count).fill(-1024),
-    labels: new Uint8Array(count),  // class of a voxel, and 128 more where it is unsure
+    // class of a voxel, and 128 more where it is unsure; the last mask is the truth
+    masks: [data.labels, ...data.others].map(() => new Uint8Array(count)),
   };
+  volume.truth = volume.masks.at(-1);
+  const labelAt = (p, mask = state.mask) => volume.masks[mask][p];
   const state = {
     at: [...data.start], level: data.window[0], width: data.window[1], tool: "cross",
-    organs: true, fill: true, opacity: 30, unsure: false, cross: true,
+    organs: true, fill: true, opacity: 30, unsure: false, cross: true, errors: false,
+    mask: 0, blink: 0,
     shown: new Set(data.organs.map(o => o.id)),
   };
   const viewer = { data, volume, state, greys: greyTable(state.level, state.width) };
@@ -444,10 +474,12 @@ function startViewer(root) {
   viewer.read = at => {
     const [z, row, col] = at || state.at, p = z * volume.stride[0] + row * size[2] + col;
     if (!volume.ready[z]) return;
-    const organ = data.organs.find(o => o.id === (volume.labels[p] & 127));
-    const words = [`${volume.hu[p]} HU`.replace("-", "−"), organ ? organ.name : "no organ"];
-    if (volume.labels[p] > 127) words.push("unsure");
-    if (data.origins) {
+    const organ = label => (data.organs.find(o => o.id === (label & 127)) || { name: "no organ" }).name;
+    const words = [`${volume.hu[p]} ${data.masks ? "grey" : "HU"}`.replace("-", "−")];
+    if (data.masks) words.push(...data.masks.map((name, i) => `${name}: ${organ(labelAt(p, i))}`));
+    else words.push(organ(labelAt(p)));
+    if (labelAt(p) > 127) words.push("unsure");
+    if (data.origins && !data.masks) {
       const mm = millimetres([z, row, col]).map(v => v.toFixed(1).replace("-", "−"));
       words.push(`x ${mm[0]}, y ${mm[1]}, z ${mm[2]} mm`);
     }
@@ -549,7 +581,7 @@ function startViewer(root) {
     let rows = 0, cols = 0, pixels = 0;
     for (let row = 0, p = z * volume.stride[0]; row < size[1]; row++) {
       for (let col = 0; col < size[2]; col++, p++) {
-        if ((volume.labels[p] & 127) !== id) continue;
+        if ((labelAt(p) & 127) !== id) continue;
         [rows, cols, pixels] = [rows + row, cols + col, pixels + 1];
       }
     }
@@ -572,6 +604,22 @@ function startViewer(root) {
     for (const button of root.querySelectorAll("button[data-tool]")) {
       button.setAttribute("aria-pressed", button.dataset.tool === tool);
     }
+  }
+  // Which of several masks is filled; blinking, the first and the truth take turns.
+  function setMask(index) {
+    state.mask = index;
+    for (const button of root.querySelectorAll("[data-mask]")) {
+      button.setAttribute("aria-pressed", Number(button.dataset.mask) === index);
+    }
+    viewer.read(null);
+    viewer.draw();
+  }
+  function blink() {
+    clearInterval(state.blink);
+    const next = () => setMask((state.mask + 1) % 2);
+    state.blink = state.blink ? 0 : setInterval(next, 700);
+    find("[data-act=blink]").setAttribute("aria-pressed", Boolean(state.blink));
+    if (state.blink) next();
   }
   viewer.enlarge = kind => {
     stage.dataset.large = stage.dataset.large === kind ? "" : kind;
@@ -620,6 +668,9 @@ function startViewer(root) {
     else if (letter === "f") setOverlay("fill", !state.fill);
     else if (letter === "x") setOverlay("cross", !state.cross);
     else if (letter === "u" && find("[name=unsure]")) setOverlay("unsure", !state.unsure);
+    else if (letter === "e" && find("[name=errors]")) setOverlay("errors", !state.errors);
+    else if (letter === "t" && data.masks) setMask((state.mask + 1) % data.masks.length);
+    else if (letter === "v" && data.masks) blink();
     else if (letter === "m") viewer.enlarge(plane.kind);
     else if (preset) preset.click();
     else return;
@@ -636,8 +687,10 @@ function startViewer(root) {
   root.addEventListener("click", event => {
     const button = event.target.closest("button");
     if (!button) return;
-    const { id, go, tool, window: named, slice, act } = button.dataset;
-    if (slice) viewer.show(0, Number(slice)), setOverlay("unsure", true);
+    const { id, go, tool, window: named, slice, act, mask } = button.dataset;
+    if (slice) viewer.show(0, Number(slice)), setOverlay(data.masks ? "errors" : "unsure", true);
+    else if (mask) setMask(Number(mask));
+    else if (act === "blink") blink();
     else if (go) findOrgan(Number(id), Number(go));
     else if (id) toggle(Number(id), !state.shown.has(Number(id)));
     else if (tool) setTool(tool);

@@ -136,9 +136,13 @@ class CaseSlices:
         self,
         name: str,  # of the volume, for files
         shown: list,  # numbers of the slices to draw
+        spacing: Spacing = Spacing(),
+        limit: int = 100,  # at least so many of all slices are kept, at most twice as many
     ):
-        self.name, self.shown = name, set(map(int, shown))
+        self.name, self.shown, self.spacing = name, set(map(int, shown)), spacing
         self.tiles, self.worst, self.most = [], None, -1  # a slice is grey, truth, prediction, z
+        self.kept, self.limit, self.every, self.seen = {}, limit, 1, 0  # rank -> one of `every`
+        self.rows = None  # the scores, when the volume ends, a row an organ
 
     def add(self, z, greys, truths, predictions, wrong):
         "The next slices: numbers, pictures (or None), classes, and how many pixels are wrong."
@@ -148,7 +152,19 @@ class CaseSlices:
             if number in self.shown:
                 self.tiles.append(one_slice)
             if wrong[i] > self.most:
-                self.worst, self.most = one_slice, wrong[i]
+                self.worst, self.most, self.worst_rank = one_slice, wrong[i], self.seen
+            if self.seen % self.every == 0:
+                self.kept[self.seen] = one_slice
+            self.seen += 1
+            if len(self.kept) > 2 * self.limit:
+                self.every *= 2
+                self.kept = {k: kept for k, kept in self.kept.items() if k % self.every == 0}
+
+    def spread(self) -> dict:  # rank -> slice
+        "Slices from end to end, evenly but for the worst, which replaces the one next to it."
+        near = min(self.kept, key=lambda rank: abs(rank - self.worst_rank))
+        others = {rank: kept for rank, kept in self.kept.items() if rank != near}
+        return dict(sorted((others | {self.worst_rank: self.worst}).items()))
 
 # %% ../../nbs/scoring/02_judge.ipynb #a65e7686
 @dataclass(frozen=True, repr=False)
@@ -187,7 +203,7 @@ class _Case:
     def __init__(self, judge, patient, series, spacing, shown, labelled):
         self.patient, self.series, self.judge, self.z = patient, series, judge, []
         self.labelled, self.tally = labelled, VolumeTally(labelled, spacing, judge.tolerance)
-        self.slices = CaseSlices(case_name(self), shown)
+        self.slices = CaseSlices(case_name(self), shown, spacing)
 
     def add(
         self,
@@ -253,11 +269,12 @@ class Judge:
             self.roc = before
             self.skip(patient, series, error)
             return
-        if self.draw:
-            self.draw(case.slices)
         rows.insert(0, "patient", patient)
         rows.insert(1, "series", series)
         rows.insert(2, "set", set_name)
+        if self.draw:
+            case.slices.rows = rows
+            self.draw(case.slices)
         slices = pd.DataFrame({"patient": patient, "series": series, "z": case.z})
         self.done.append((rows, slices, counts))
 
