@@ -1,4 +1,5 @@
 "Everything about the package stands in settings.ini; this file hands it to setuptools."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,11 +15,18 @@ def lines(key):
     return [line.strip() for line in cfg[key].splitlines() if line.strip()]
 
 
+def readme():
+    "README.md with links that lead to the repository from anywhere, as from PyPI's page."
+    text = (here / "README.md").read_text(encoding="utf-8")
+    text = text.replace("](nbs/images/", f"]({cfg['git_url']}/raw/{cfg['branch']}/nbs/images/")
+    return re.sub(r"\]\((?=nbs/)", f"]({cfg['git_url']}/blob/{cfg['branch']}/", text)
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
