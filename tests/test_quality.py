@@ -72,7 +72,7 @@ def test_good_patients_are_not_suspected(good):
     quality = inspect_data(good.folder, jobs=1)
     assert quality.suspects.empty, str(quality)
     assert set(quality.findings.kind) <= {"missing", "cut_off", "incomplete"}
-    assert "Nothing suspicious" in str(quality)
+    assert "Nothing suspicious" in str(quality) and quality.copies.empty
 
 
 def test_planted_mistakes_are_found(kaggle, tmp_path):
@@ -110,6 +110,22 @@ def test_damaged_files_are_found(copied):
     assert set(quality.suspects.patient) == {"10002"} and set(quality.suspects.kind) == {"damage"}
     assert len(quality.series.damage[quality.series.patient == "10002"].iloc[0]) == 4
     assert images[3].name in str(quality)
+
+
+def test_a_patient_under_two_names_is_found(copied):
+    "By four slices that are the same and five that were saved as JPEG between; the page shows the pair."
+    ones, others = (sorted((copied / "images").glob(f"{patient}_*.png"))[8:17] for patient in ("10002", "10003"))
+    for k, (one, other) in enumerate(zip(ones, others)):
+        grey = cv2.imread(str(one), cv2.IMREAD_UNCHANGED)
+        worse = cv2.imdecode(cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], 0)
+        cv2.imwrite(str(other), grey if k < 4 else worse)
+    quality = inspect_data(copied, jobs=1)
+    (pair,) = quality.copies.itertuples(index=False, name=None)
+    assert pair[0].startswith("10002 / ") and pair[1].startswith("10003 / ") and pair[2:4] == (4, 9)
+    assert "1 pair of series of different patients share pictures" in str(quality)
+    page = write_quality(quality, copied.parent / "page").read_text()
+    assert page.index(">Copies</h2>") < page.index(">Contact sheet</h2>")
+    assert page.count("Where each organ is largest: liver z ") == len(quality.series)
 
 
 def test_slices_without_positions(copied):
@@ -176,7 +192,7 @@ def test_real_scan_is_not_suspected(real_ct, tmp_path):
 def test_real_slices_are_not_suspected(real_ct, tmp_path):
     config = PrepareConfig(size=256, labelled=("liver", "left_kidney", "right_kidney"), jobs=1)
     quality = inspect_data(prepare(real_ct / "curvas_png", tmp_path / "png", config=config).folder, jobs=1)
-    assert quality.suspects.empty, str(quality)
+    assert quality.suspects.empty and quality.copies.empty, str(quality)
 
 
 def test_odd_volumes_need_neighbours_and_a_factor_of_two():

@@ -238,6 +238,11 @@ _VOLUMES = (
     " within the organ. Ringed in red: at least twice or at most half the median, and far outside"
     " the spread of the other patients."
 )
+_COPIES = (
+    "Series of different patients that share pictures: the same to the pixel, or near, as after"
+    " JPEG or another size; of a series at most 50 slices are compared so. Look at both, give one"
+    " patient one name, or leave one out: in two splits a model is judged on what it was shown."
+)
 _SHEET = "Of each series the slice with the most organs; suspects come first, in red."
 _WINDOW = "Pixels of each grey value. Red: landmarks that stand out. Grey: where they should lie."
 _SPACING = "Of the series as they were in the source; the pixel is that of the prepared slices."
@@ -253,7 +258,10 @@ def _sections(quality):
     prepared = pd.DataFrame({"note": data.info.get("notes", [])}).rename(lambda i: i + 1)
     window = "Level {:g}, width {:g}, {}. {}".format(*data.window)
     source = data.info.get("kind", "").capitalize() or "This set"
+    copies = quality.copies.set_index("series") if len(quality.copies) else None
     sections = [Section("Findings", "\n\n".join(advice) or nothing, tables[0] if advice else None)]
+    if copies is not None:
+        sections.append(Section("Copies", _COPIES, copies, sortable=True))
     if len(quality.organs):
         sections += [
             Section("Sides and order", figure=sides_figure(quality), caption=_SIDES),

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +51,19 @@ class Run:
     def best(self):
         "The row of the epoch whose weights are in the checkpoint."
         return self.history.loc[self.history.valid_dice.idxmax()]
+
+    def _repr_html_(self):
+        dice, best = self.history.valid_dice, "no epoch yet"
+        if dice.any():
+            best = f"best epoch {self.best.epoch:.0f}, Dice of pooled pixels {dice.max():.3f}"
+        step = 280 / max(1, len(dice) - 1)
+        points = " ".join(f"{10 + i * step:.0f},{75 - 70 * d:.0f}" for i, d in enumerate(dice))
+        return (
+            f"<p><b>{escape(str(self.folder))}</b>: {len(dice)} epochs, {best}</p>"
+            '<svg width="300" height="80" role="img" aria-label="Dice of each epoch, 0 to 1"'
+            ' fill="none"><path d="M10 5V75H290" stroke="#777777"/>'
+            f'<polyline points="{points}" stroke="#CC3311" stroke-width="2"/></svg>'
+        )
 
 
 def open_run(folder: str | Path) -> Run:
