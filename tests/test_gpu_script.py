@@ -73,3 +73,14 @@ def test_plan_and_several(gpu, work, data):
     assert values(gpu.check_plan(work, data))["planned, slices/s"] > 0
     found = gpu.check_several(work, data)
     assert len(found) == 3 and "two against one" in found[0].name and all(finding.fine for finding in found), found
+
+
+def test_only_the_parts_that_are_asked_for(gpu, monkeypatch, capsys):
+    parts = {name: lambda work, data, name=name: [gpu.is_so(name, True)] for name in gpu.PARTS}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "make_data", lambda work: None)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "counts", "half precision"])
+    assert gpu.main() == 0
+    printed = capsys.readouterr().out
+    assert "counts: True" in printed and "half precision: True" in printed and "speed" not in printed

@@ -87,7 +87,7 @@ def test_notebook_shows_what_it_did(name):
     outputs = [o for c in cells for o in c["outputs"]]
     assert len(text) < 150_000
     assert "widgets" not in notebook["metadata"]
-    assert outputs or "tutorials" in name.parts or name.name == "index.ipynb"
+    assert outputs or name.name == "index.ipynb"
     for output in outputs:
         assert output["output_type"] != "error"
         assert output.get("name") != "stderr", output["text"]

@@ -146,23 +146,20 @@ def test_the_other_doors_and_mistakes_on_colab(kaggle, wheel, tmp_path):
 
 @pytest.mark.slow
 def test_kaggle_goes_on_in_a_second_session(kaggle, wheel, tmp_path):
-    "The first session has time for one step. Its output, as an input of the second, is all that this one needs."
+    "The first session has time for one step. Its output, as a further input of the second, is all that this one needs to go on."
     parameters = {
-        "package": wheel, "processes": 1, "settings": {**SMALL, "epochs": 1}, "rehearsal": {**SMALL, "epochs": 1},
-        "inputs": str(tmp_path / "input"), "phantom": PHANTOM,
+        "package": wheel, "processes": 1, "settings": {**SMALL, "epochs": 1}, "inputs": str(tmp_path / "input"),
     }  # fmt: skip
     place = lambda name: {"working": str(tmp_path / name / "working"), "temporary": str(tmp_path / name / "temp")}
     (tmp_path / "input" / "competitions").mkdir(parents=True)
     (tmp_path / "one" / "working").mkdir(parents=True)
     (tmp_path / "two" / "working").mkdir(parents=True)
-    competition = tmp_path / "input" / "competitions" / "rsna-2023-abdominal-trauma-detection"
-    competition.symlink_to(kaggle / "scans")
+    (tmp_path / "input" / "competitions" / "rsna-2023-abdominal-trauma-detection").symlink_to(kaggle / "scans")
     notebook = parameterized("kaggle_base.ipynb", session_hours=0, **parameters, **place("one"))
     fine, printed = run(notebook, tmp_path / "one")
     assert fine and "time is up in epoch 1" in printed and "No epoch is finished yet" in printed, printed
     assert sorted(os.listdir(tmp_path / "one" / "working")) == ["base", "data.zip"]
 
-    competition.unlink()
     shutil.move(tmp_path / "one" / "working", tmp_path / "input" / "notebooks" / "me" / "rsna-seg-base")
     fine, printed = run(parameterized("kaggle_base.ipynb", **parameters, **place("two")), tmp_path / "two")
     assert fine and "1 of 1 epochs" in printed and not (tmp_path / "two" / "temp" / "phantom").exists(), printed
@@ -193,7 +190,7 @@ def test_a_cluster(tmp_path):
         port = free.getsockname()[1]
     parameters = {"phantom": PHANTOM, "settings": {**SMALL, "epochs": 1}, "shared": str(tmp_path / "shared"), "port": port, "processes": False}
     fine, printed = run(parameterized("cluster.ipynb", **parameters), tmp_path)
-    assert fine and "2 workers" in printed and "epoch 1/1" in printed, printed
+    assert fine and "workers" in printed and "epoch 1/1" in printed, printed
     assert json.loads((tmp_path / "shared" / "run" / "config.json").read_text())["used"]["processes"] == 2
 
     stubs = {

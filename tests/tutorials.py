@@ -24,7 +24,7 @@ TUTORIALS = TOP / "nbs" / "tutorials"
 STAND_INS = TOP / "tests" / "stand_ins"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENVIRONMENT = {
-    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "",
+    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "", "LOKY_MAX_CPU_COUNT": "1",
     "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore",
 }  # fmt: skip
 
@@ -51,6 +51,7 @@ def parameterized(name, stop=None, **parameters):
 def environment(folder, given):
     "What the notebook's process and those that it starts find in their environment; pip installs into the folder."
     packages = str(folder / "packages")
+    Path(packages).mkdir(parents=True, exist_ok=True)  # Python does not look again for a folder that was not there
     path = os.pathsep.join([packages, str(STAND_INS)])
     return {**ENVIRONMENT, "PIP_TARGET": packages, "PYTHONPATH": path, **given}
 
@@ -104,7 +105,7 @@ def run(notebook, folder, **given):
         log = Path(place, "log")
         process = SERVER.Process(target=_work, args=(notebook, folder, given, log))
         process.start()
-        process.join(300)
+        process.join(1500)
         process.kill()
         process.join()
         return process.exitcode == 0, log.read_text()
