@@ -81,7 +81,7 @@ def test_python_3_10_can_read_it(module):
 
 def test_the_package_stays_small():
     total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert total <= 14_600
+    assert total <= 14_700
 
 
 def test_importing_the_package_imports_nothing_heavy():
