@@ -97,9 +97,9 @@ def last_weights(run, path):
     return path, state["steps"]
 
 
-def dice_of(result, judged):
-    "The Dice of each patient and organ."
-    table = patient_means(result.volumes, "dice").stack().rename("dice").reset_index()
+def dice_of(result, judged, taught):
+    "The Dice of each patient and organ that the network was taught."
+    table = patient_means(result.volumes, "dice")[taught].stack().rename("dice").reset_index()
     return table.set_axis(["patient", "organ", "dice"], axis=1).assign(judged=judged)
 
 
@@ -119,11 +119,12 @@ def one_run(name, fold, seed, args):
         taken = time.process_time() - start
         last, steps = last_weights(run, folder / "last.pth")
         left_out = evaluate(last, data, workers=0, fold=fold)
-        tables = [dice_of(left_out, "left out")]
+        taught = load_checkpoint(last)[1].labelled
+        tables = [dice_of(left_out, "left out", taught)]
         for other in args.also:
-            tables.append(dice_of(evaluate(last, other, "train", workers=0), other.name))
+            tables.append(dice_of(evaluate(last, other, "train", workers=0), other.name, taught))
         if args.scan:
-            tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name))
+            tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name, taught))
     swapped = 100 * side_confusion(left_out.matrix)
     about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": steps}
     curve = run.history[["seconds", "valid_dice"]].round(4).to_dict(orient="list")
@@ -161,10 +162,10 @@ def main():
     print(__doc__, table.to_string(), "", sep="\n")
     print(runs.groupby("recipe")[["epochs", "steps", "seconds", "swapped"]].mean().round(1).to_string())
     if args.json:
-        asked = {k: str(v) for k, v in vars(args).items()}
+        kept = ["recipe", "fold", "seed", "judged", "patient", "organ", "dice"]
         everything = {
-            "question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations"), "asked": asked,
-            "runs": runs.to_dict(orient="records"), "scores": scores.to_dict(orient="records"),
+            "question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations"), "asked": vars(args),
+            "runs": runs.to_dict(orient="records"), "scores": scores[kept].round(4).to_dict(orient="records"),
         }  # fmt: skip
         with whole_file(args.json) as part:
             part.write_text(json.dumps(everything, indent=2, default=str))

@@ -16,7 +16,7 @@ from server import SERVER
 TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
     p.relative_to(TOP) for p in (TOP / "nbs").rglob("*.ipynb")
-    if p.parent.name not in ("tutorials", ".ipynb_checkpoints") and p.name != "index.ipynb"
+    if p.name == "recipe.ipynb" or p.parent.name not in ("tutorials", ".ipynb_checkpoints") and p.name != "index.ipynb"
 )  # fmt: skip
 
 
