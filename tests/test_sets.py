@@ -325,6 +325,34 @@ def test_pixels_that_are_seen_are_those_of_the_masks(folder, tmp_path, tiny):
     assert row.slices_of_narrow == sum(slices.sets[key % len(slices)] == 1 for key in keys)
 
 
+def test_phantoms_are_a_set_that_begins_alone(folder, tmp_path, tiny, monkeypatch):
+    "They show the organs of the real sets and are never judged; one folder with phantoms resumes bit for bit."
+    monkeypatch.setenv("RSNA_SEG_CACHE", str(tmp_path / "cache"))
+    config, real = replace(SMALL, epochs=4, phantoms=2, phantoms_alone=0.5, fold=0), Tally.add
+    whole, steps = train(folder / "liver", tmp_path / "whole", config), []
+
+    def add(tally, *step):
+        steps.append(real(tally, *step))
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tally, "add", add)
+        train(folder / "liver", tmp_path / "stopped", config)
+    assert same_weights(whole, train(folder / "liver", tmp_path / "stopped", config))
+    history, real_slices = whole.history, open_data(folder / "liver", 0).part("train").shape[0]
+    assert (history.slices_of_liver[:2] == 0).all() and (history.slices_of_phantoms[:2] == real_slices + 28).all()
+    share = history.slices_of_phantoms[2:] / (real_slices + 28)
+    assert share.between(0.2, 0.3).all() and (history.pixels_of_spleen == 0).all()
+    card = load_checkpoint(whole.checkpoint)[1]
+    assert card.labelled == ["liver"] and [each["name"] for each in card.sets] == ["liver", "phantoms"]
+    plan = plan_run(folder / "liver", config)
+    judged = open_data(folder / "liver", 0).part("valid").shape[0]
+    assert plan.lines["set phantoms"] == "liver" and plan.lines["validation"].startswith(f"{judged} slices of ")
+    with pytest.raises(ConfigError, match="phantoms_alone 2 is not a share from 0 to 1"):
+        replace(config, phantoms_alone=2)
+
+
 def test_the_plan_names_sets_and_what_nobody_labels(folder):
     plan = plan_run(paths(folder, "liver", "narrow"), replace(SMALL, encoder_weights="none"))
     assert plan.lines["set narrow"] == "liver, bowel" and plan.lines["organs"] == "liver, bowel"
