@@ -286,7 +286,7 @@ OTHER = {
     "size": 96, "batch_size": 3, "accumulation": 3, "epochs": 4, "lr": 2e-3, "weight_decay": 0.1, "dice": 0.4, "focal": 0.6,
     "augment": AugmentConfig(rotate=0.4), "mixed_precision": "bf16", "validate_on": "train", "fold": 0, "seed": 1, "most_skipped": 19,
     "clip": 2.0, "ema": 0.5, "patience": 7, "freeze_epochs": 2, "dice_over": "image", "preset": "base",
-    "encoder_weights": "imagenet", "channels": "neighbours", "weights": (1.0,),
+    "encoder_weights": "imagenet", "channels": "neighbours", "weights": (1.0,), "phantoms": 1, "phantoms_alone": 0.5,
 }  # fmt: skip
 FREE = {"workers": 1, "save_minutes": 3.0, "max_hours": 100.0, "trackers": ("tensorboard",)}  # nothing depends on them
 

@@ -280,13 +280,14 @@ def _organ_sections(result, scores, drawn):
     table, reasons = organ_table(result, scores, first)
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
     means = "Means over patients."
+    caption = "A bar is the mean over patients"
     if scores["dice"].low.count():
         means += " Brackets: 95 % interval (Gaffke 2005): one more patient might have 0, or 1."
+        caption += ", the whisker its interval: the shorter the whisker, the surer the bar"
     text = f"{means} “patients” counts those with a Dice; distances need a found organ, too."
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,
-                caption="A bar is the mean over patients, the whisker its interval: the shorter the"
-                " whisker, the surer the bar.", alt="Bars of mean Dice by organ"),
+                caption=f"{caption}.", alt="Bars of mean Dice by organ"),
         Section("Each organ, further scores", f"{means} The false-positive volume rests on"
                 " patients without the organ.", more, absent=why),
     )  # fmt: skip
@@ -309,6 +310,7 @@ def _sections(result, scores, drawn):
     pixels, right = format_value(int(result.matrix.sum())), 100 * pixel_accuracy(result.matrix)
     absent, counted = "organ absent or not labelled", states(result)
     definitions = [f"{m.name}: {m.definition} {BETTER[m.better]}" for m in METRICS.values()]
+    bar = ", the bar its 95 % interval" if scores["dice"].low.count() else ""
 
     def figure(name, title, caption):
         return [Section(title, figure=drawn[name], caption=caption)] if name in drawn else []
@@ -319,7 +321,7 @@ def _sections(result, scores, drawn):
                 " pixels. The patient's left is on the right of the image."),
         _cases(result),
         *figure("patients", "Patients", "A dot is a patient, a box the middle half of them; the"
-                " diamond is the mean, the bar its 95 % interval. Look for dots far to the left."),
+                f" diamond is the mean{bar}. Look for dots far to the left."),
         *figure("boundary", "Distance of the outlines", "Each dot is a patient: 95 % of the outline"
                 " lies nearer than this."),
         *figure("volume_agreement", "Volumes", "A dot is a volume. Above 0 too much was found; the"

@@ -79,7 +79,9 @@ def open_run(folder: str | Path) -> Run:
 
 # %% ../../nbs/training/02_log.ipynb #b863e162
 _FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these give the same weights
-_DEFAULT = {"balance": False, "weights": []}  # settings that another version does not know
+_DEFAULT = {  # settings that another version does not know
+    "balance": False, "weights": [], "phantoms": 0, "phantoms_alone": 0.0,
+}  # fmt: skip
 
 
 def check_begun(
