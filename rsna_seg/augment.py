@@ -143,6 +143,7 @@ def _other_phase(image, mask, window, rng):
         plain[left.id] = plain[right.id]
     base = cv2.GaussianBlur(plain.astype(np.float32)[mask], (0, 0), len(mask) / 128)
     base, organ = (of.reshape(*mask.shape, *[1] * (image.ndim - 2)) for of in (base, mask > 0))
-    less = np.where(organ | (hu > base), base + share * (hu - base), hu)
+    tissue = (organ & (hu >= 0)) | (hu > base)  # fat, and gas in the bowel, take up no agent
+    less = np.where(tissue, base + share * (hu - base), hu)
     less += (1 - share) * rng.normal(0, rng.uniform(0, 12), less.shape)
     return np.clip(np.round((less - level) / width * 255 + 127.5), 0, 255).astype(np.uint8)
