@@ -75,7 +75,7 @@ def arguments():
     parser.add_argument("--size", type=int, default=128, help="pixels along both sides")
     parser.add_argument("--seconds", type=float, default=300, help="of processor time for each training")
     parser.add_argument("--folds", type=int, nargs="*", default=[0], help="to leave out, one after the other")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="for these folds in turn")
     parser.add_argument("--encoder-weights", default="none", help='"imagenet", "none" for random, or a file')
     return parser.parse_args()
 
@@ -148,8 +148,9 @@ def main():
     warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces a process that has grown
     runs, tables = [], []
     work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
-    todo = itertools.product(args.only, args.folds, range(args.seeds))
-    for run, scores in work(delayed(one_run)(*each, args) for each in todo):
+    seeded = list(zip(args.folds, itertools.cycle(args.seeds), strict=False))
+    todo = itertools.product(args.only, seeded)
+    for run, scores in work(delayed(one_run)(name, fold, seed, args) for name, (fold, seed) in todo):
         runs.append(run)
         tables.append(scores)
         means = scores.groupby("judged").apply(lambda t: t.groupby("organ").dice.mean().mean(), include_groups=False)

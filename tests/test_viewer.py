@@ -304,6 +304,7 @@ def test_distances_are_millimetres(page):
     for _ in range(10):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("d")
+    page.wait_for_timeout(600)  # by then the slice of the last step would be said
     assert page.locator("[role=status]").inner_text() == "5.0 mm"
 
 

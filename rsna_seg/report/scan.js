@@ -546,7 +546,10 @@ function startViewer(root) {
     line.text = data.origins ? `${length(plane, line.from, place).toFixed(1)} mm` : "";
     const same = Math.hypot(line.from[0] - place[0], line.from[1] - place[1]) < 0.5;
     if (same && line !== pending) distances = distances.filter(d => d !== line);
-    else status.textContent = readout.textContent = line.text;
+    else {
+      clearTimeout(timer);
+      status.textContent = readout.textContent = line.text;
+    }
   };
   viewer.distancesOn = plane => distances.filter(
     d => d.kind === plane.kind && d.index === state.at[plane.along]);
