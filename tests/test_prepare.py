@@ -45,6 +45,7 @@ def tree(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(kaggle, tmp_path):
     "SIGKILL, then the same call again: the same bytes as an undisturbed run."
     big, fork, rng = PrepareConfig(size=512, jobs=1), multiprocessing.get_context("fork"), random.Random(0)
