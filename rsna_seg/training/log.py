@@ -57,7 +57,7 @@ class Run:
         if dice.any():
             best = f"best epoch {self.best.epoch:.0f}, Dice of pooled pixels {dice.max():.3f}"
         step = 280 / max(1, len(dice) - 1)
-        points = " ".join(f"{10 + i * step:.0f},{75 - 70 * d:.0f}" for i, d in enumerate(dice))
+        points = " ".join(f"{10 + i * step:.0f},{75 - 70 * d:.0f}" for i, d in dice.dropna().items())
         return (
             f"<p><b>{escape(str(self.folder))}</b>: {len(dice)} epochs, {best}</p>"
             '<svg width="300" height="80" role="img" aria-label="Dice of each epoch, 0 to 1"'
