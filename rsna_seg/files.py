@@ -7,6 +7,7 @@ __all__ = ['whole_file', 'RsnaSegError', 'ScanError', 'DataError', 'ConfigError'
            'check_folder', 'cache_folder']
 
 # %% ../nbs/files.ipynb #f31c2deb
+import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -63,7 +64,10 @@ def writing(path: str | Path):
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = " Make room there and run the same again." if full else ""
+        reason = error.strerror or error
+        raise OutputError(f"{path} cannot be written: {reason}.{what}") from error
 
 # %% ../nbs/files.ipynb #ceee6be6
 def check_folder(

@@ -353,6 +353,7 @@ def save_state(out: str | Path, state: dict):
     with writing(latest), whole_file(latest) as part:
         write_tensors(state, part)
         if latest.exists():
+            previous.write_bytes(b"")  # Google Drive keeps what is replaced, in its trash
             os.replace(latest, previous)
 
 # %% ../../nbs/training/00_loop.ipynb #75ecb27a
