@@ -7,7 +7,6 @@ __all__ = ['whole_file', 'RsnaSegError', 'ScanError', 'DataError', 'ConfigError'
            'check_folder', 'cache_folder']
 
 # %% ../nbs/files.ipynb #f31c2deb
-import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -64,10 +63,8 @@ def writing(path: str | Path):
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = " Make room there and run the same again." if full else ""
-        reason = error.strerror or error
-        raise OutputError(f"{path} cannot be written: {reason}.{what}") from error
+        what = f"{error.strerror or error}; make room there or choose another place"
+        raise OutputError(f"{path} cannot be written: {what}.") from error
 
 # %% ../nbs/files.ipynb #ceee6be6
 def check_folder(
