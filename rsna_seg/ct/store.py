@@ -189,7 +189,8 @@ class SliceData:
     @property
     def splits(self) -> pd.DataFrame:
         "Of each split the patients, series, slices, and slices with each organ."
-        table = self.manifest.groupby("split")[["patient", "series", "image"]].nunique()
+        rows = self.manifest.assign(series=self.manifest.patient + "/" + self.manifest.series)
+        table = rows.groupby("split")[["patient", "series", "image"]].nunique()
         shown = (self.manifest[self.info["labelled"]] > 0).groupby(self.manifest.split).sum()
         organs = [f"slices with {ORGAN[key].name.lower()}" for key in shown]
         return table.join(shown).set_axis(["patients", "series", "slices", *organs], axis=1)

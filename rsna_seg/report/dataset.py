@@ -199,10 +199,8 @@ def _series_table(series):
     columns |= {"slice_mm": "slice, mm", "col_mm": "pixel, mm", "orientation": "orientation"}
     table = series.set_index(["patient", "series"]).rename(columns=columns)
     table = table.reindex(columns=columns.values())
-    volumes = [name for name in table if name.endswith(" ml")]
-    table[volumes] = table[volumes].round().astype("Int64")
     table["incomplete"] = np.where(series.incomplete, "yes", "")
-    return table.dropna(axis="columns", how="all")
+    return table.loc[:, (table.notna() & table.astype(str).ne("")).any()]
 
 
 def largest_slices(quality: Quality):
@@ -257,11 +255,10 @@ def _sections(quality):
     tables = [table.set_index("patient") for table in (suspects, notes, data.skipped)]
     prepared = pd.DataFrame({"note": data.info.get("notes", [])}).rename(lambda i: i + 1)
     window = "Level {:g}, width {:g}, {}. {}".format(*data.window)
-    source = data.info.get("kind", "").capitalize() or "This set"
-    copies = quality.copies.set_index("series") if len(quality.copies) else None
+    source = f"The source ({data.info['kind']})" if data.info.get("kind") else "The source"
+    copies = quality.copies.set_index("series") if len(quality.copies) else quality.copies
     sections = [Section("Findings", "\n\n".join(advice) or nothing, tables[0] if advice else None)]
-    if copies is not None:
-        sections.append(Section("Copies", _COPIES, copies, sortable=True))
+    sections.append(Section("Copies", _COPIES, copies, sortable=True))
     if len(quality.organs):
         sections += [
             Section("Sides and order", figure=sides_figure(quality), caption=_SIDES),
