@@ -198,7 +198,8 @@ def _read_tensors(path):
             what = f"is text and no weights: it begins with {line!r}; if that is a web page or Git"
             what += " LFS's pointer to a file, download the file itself (git lfs pull)"
         elif isinstance(error, pickle.UnpicklingError) or "TorchScript" in why:
-            what = f"is refused: no plain weights, perhaps a model that could run code; {_INSTEAD}"
+            what = "is refused: no plain weights, perhaps another file, or a model that could run"
+            what += f" code; {_INSTEAD}"
         raise ConfigError(f"{path} {what}.") from error
     tensors = _find_state_dict(stored)
     if stored is not tensors and "tally" in stored:
