@@ -176,7 +176,7 @@ def summarise(quality: Quality) -> list[str]:
     size.append(_count(int(series.slices.sum()), "slice"))
     sentences = {
         f"{', '.join(size)}{source}.": True,
-        _suspicion(quality.suspects): True,
+        _suspicion(quality.suspects): len(quality.suspects) or quality.copies.empty,
         f"{_count(len(quality.copies), 'pair')} of series of different patients share pictures: is"
         " it one patient? In two splits it is learned by heart and then judged.":
             len(quality.copies),

@@ -213,7 +213,7 @@ def _read_info(folder):
 # %% ../../nbs/ct/10_store.ipynb #39a9ee78
 def _read_folder(folder):
     "The dataset folder as it stands; raises `DataError` if it is unfinished or damaged."
-    if folder.name.endswith(".unfinished") or not (folder / "dataset.json").exists():
+    if folder.name.endswith(".unfinished") or not (folder / "manifest.csv").exists():
         raise DataError(f"{folder} is not a complete dataset folder, as rsna_seg prepare makes.")
     info, skipped = _read_info(folder), pd.DataFrame(columns=_SKIPPED)
     names = dict.fromkeys(["patient", "series", "orientation", "picture"], str)
