@@ -248,9 +248,8 @@ def open_data(
         split = np.select(which, ["none", "valid"], "train")
         data = replace(data, manifest=data.manifest.assign(split=split))
     splits = data.manifest[data.manifest.split != "none"].groupby("patient").split.nunique()
-    if (splits > 1).any():
-        patient = splits.index[splits > 1][0]
-        raise DataError(f"Patient {patient} is in training and in validation; prepare it again.")
+    if mixed := list(splits.index[splits > 1]):
+        raise DataError(f"Patient {mixed[0]} is in training and in validation; prepare it again.")
     return data
 
 # %% ../../nbs/ct/10_store.ipynb #1739f267

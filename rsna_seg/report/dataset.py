@@ -220,8 +220,7 @@ def largest_slices(quality: Quality):
 def _every_series(quality):
     "The table of all series, with their slices on demand."
     table, parts = _series_table(quality.series), list(largest_slices(quality))
-    links = {key: " / ".join(key) for key in table.index}
-    links = {key: name for key, name in links.items() if name in {part.anchor for part in parts}}
+    links = {tuple(part.anchor.split(" / ")): part.anchor for part in parts}
     text = f"{len(links)} series open: the slices on which each organ is largest."
     return Section("Every series", text, table, digits=2, absent="not known", sortable=True,
                    links=links, parts=parts)  # fmt: skip

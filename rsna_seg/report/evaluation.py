@@ -92,8 +92,7 @@ def sentences(
     if unlabelled := in_words([key for key in ALL_ORGANS if key not in result.labelled]):
         text.append(f"Not labelled in this data, and so not judged: {unlabelled}.")
     right = 100 * pixel_accuracy(result.matrix)
-    text.append(f"{right:.2f} % of all pixels have the right class, most of them background.")
-    return [*text, *notes]
+    return [*text, f"{right:.2f} % of all pixels have the right class, mostly background.", *notes]
 
 # %% ../../nbs/report/02_evaluation.ipynb #7371a393
 def organ_table(
@@ -354,9 +353,8 @@ def _ground(result):
     "What was judged, by what, with which settings."
     lines = [f"Checkpoint: {model['checkpoint']}, SHA-256 {model['sha256'] or 'unknown'}"
              for model in result.about.get("models", [])]  # fmt: skip
-    data = result.about.get("data", {})
     lines += [f"{key.capitalize()}: {', '.join(map(str, np.atleast_1d(value)))}"
-              for key, value in data.items() if value is not None]  # fmt: skip
+              for key, value in result.about.get("data", {}).items() if value is not None]
     tolerance = ", ".join(f"{NAMES[key].lower()} {mm:g} mm" for key, mm in result.tolerance.items())
     lines.append(f"Tolerance of NSD: {tolerance}")
     if result.roc is not None:
