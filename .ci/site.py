@@ -2,7 +2,7 @@
 
 nbdev links a symbol to the published site, and in signatures too, where a link is only noise.
 Here such a link leads to the page beside it, a signature gets its words back, and a default that is
-a whole object is shortened to its name.
+a whole object is shortened to its name. A sentence in a table is marked for the style sheet.
 """
 
 import json
@@ -53,6 +53,11 @@ def with_near_links(text, home, targets, site):
     return "".join(parts)
 
 
+def with_marked_words(table):
+    "The HTML with a mark on each cell that holds a sentence, which is five words or more."
+    return re.sub(r"<td(?=[^>]*>(?:[^<\s]+\s){4})", "<td data-words", table)
+
+
 def main():
     "Lets nbdev process the notebooks, then mends their links."
     config = get_config()
@@ -71,6 +76,9 @@ def main():
                 home = page.relative_to(top)
                 text = with_near_links("".join(where[key]), home, targets, site)
                 where[key] = text.splitlines(keepends=True)
+            for output in cell.get("outputs", []):
+                if html := output.get("data", {}).get("text/html"):
+                    output["data"]["text/html"] = with_marked_words("".join(html))
         page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from rounds import machine, versions_of, words
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import whole_file
+from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.model import load_checkpoint, save_checkpoint
 from rsna_seg.scoring.intervals import MEAN, interval_table, interval_text, patient_means
 from rsna_seg.scoring.metrics import side_confusion
@@ -63,6 +65,11 @@ RECIPES = {
     "ct, Dice of each image": replace(CT, dice_over="image"),
     "ct, slice and neighbours": replace(CT, channels="neighbours"),
 }
+REFINED = {  # a part of the time goes to a fine-tuning of what the recipe ct has learned until then
+    "ct, then fine-tuned": FinetuneConfig.ct(),
+    "ct, then fine-tuned at 3e-4": replace(FinetuneConfig.ct(), lr=3e-4),
+}
+SHARE = 0.25  # of the time, as 10 epochs after 30
 
 
 def arguments():
@@ -71,7 +78,7 @@ def arguments():
     parser.add_argument("data", type=Path, nargs="+", help="dataset folders, made by prepare, that are one training")
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="dataset folders to judge on, of which nothing is learned")
     parser.add_argument("--scan", type=Path, nargs=2, metavar=("CT", "MASK"), help="a scan with its mask to judge on")
-    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(RECIPES), default=list(RECIPES), help="these recipes")
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=[*RECIPES, *REFINED], default=[*RECIPES, *REFINED], help="these recipes")
     parser.add_argument("--size", type=int, default=128, help="pixels along both sides")
     parser.add_argument("--seconds", type=float, default=300, help="of processor time for each training")
     parser.add_argument("--folds", type=int, nargs="*", default=[0], help="to leave out, one after the other")
@@ -80,11 +87,10 @@ def arguments():
     return parser.parse_args()
 
 
-def epochs_within(seconds, data, config, folder):
+def epochs_within(seconds, begin, config, folder):
     "How many epochs take so much processor time, by the second of two."
     ends = []
-    with redirect_stdout(io.StringIO()):
-        train(data, folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
+    begin(folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
     return max(1, round(seconds / (ends[1] - ends[0])))
 
 
@@ -97,6 +103,16 @@ def last_weights(run, path):
     return path, state["steps"]
 
 
+def learn(begin, config, seconds, folder):
+    "A training of so much processor time: its history, its weights after the last step, how many steps, and the time."
+    with redirect_stdout(io.StringIO()):
+        config = replace(config, epochs=epochs_within(seconds, begin, config, folder))
+        start = time.process_time()
+        run = begin(folder / "run", config)
+        taken = time.process_time() - start
+    return (run.history, *last_weights(run, folder / "last.pth"), taken)
+
+
 def dice_of(result, judged, taught):
     "The Dice of each patient and organ that the network was taught."
     table = patient_means(result.volumes, "dice")[taught].stack().rename("dice").reset_index()
@@ -107,17 +123,15 @@ def one_run(name, fold, seed, args):
     "Trains, and judges the weights after the last step: what was left out chooses nothing."
     torch.set_num_threads(1)
     data = args.data if len(args.data) > 1 else args.data[0]
-    config = replace(
-        RECIPES[name], size=args.size, workers=0, fold=fold, seed=seed, save_minutes=60, encoder_weights=args.encoder_weights
-    )
+    common = {"size": args.size, "workers": 0, "fold": fold, "seed": seed, "save_minutes": 60}
+    first = replace(RECIPES.get(name, CT), **common, encoder_weights=args.encoder_weights)
+    share = SHARE if name in REFINED else 0
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        config = replace(config, epochs=epochs_within(args.seconds, data, config, folder))
-        start = time.process_time()
-        with redirect_stdout(io.StringIO()):
-            run = train(data, folder / "run", config)
-        taken = time.process_time() - start
-        last, steps = last_weights(run, folder / "last.pth")
+        history, last, steps, taken = learn(partial(train, data), first, (1 - share) * args.seconds, Path(folder))
+        if share:
+            refine, second = partial(finetune, last, data), replace(REFINED[name], **common)
+            more, last, refined, rest = learn(refine, second, share * args.seconds, Path(folder, "refined"))
+            history, steps, taken = pd.concat([history, more]), steps + refined, taken + rest
         left_out = evaluate(last, data, workers=0, fold=fold)
         taught = load_checkpoint(last)[1].labelled
         tables = [dice_of(left_out, "left out", taught)]
@@ -126,8 +140,8 @@ def one_run(name, fold, seed, args):
         if args.scan:
             tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name, taught))
     swapped = 100 * side_confusion(left_out.matrix)
-    about = {"recipe": name, "fold": fold, "seed": seed, "epochs": config.epochs, "steps": steps}
-    curve = run.history[["seconds", "valid_dice"]].round(4).to_dict(orient="list")
+    about = {"recipe": name, "fold": fold, "seed": seed, "epochs": len(history), "steps": steps}
+    curve = history[["seconds", "valid_dice"]].round(4).to_dict(orient="list")
     return {**about, "seconds": taken, "swapped": swapped, "curve": curve}, pd.concat(tables).assign(**about)
 
 
@@ -141,35 +155,53 @@ def summary(scores):
     return table[[*[organ for organ in table if organ != MEAN], MEAN]].dropna(axis=1, how="all").fillna("–")
 
 
+def asked(args):
+    "What the runs of a file have in common; folders and files by their names."
+    names = {key: [path.name for path in getattr(args, key) or ()] for key in ("data", "also", "scan")}
+    return {**names, "size": args.size, "seconds": args.seconds, "encoder_weights": args.encoder_weights}
+
+
+def read_earlier(args):
+    "Runs and scores that are in the file already, of other recipes, folds and seeds, or of a call that was cut off."
+    if not (args.json and args.json.exists()):
+        return [], []
+    read = json.loads(args.json.read_text())
+    if read["asked"] != asked(args):
+        raise SystemExit(f"{args.json} holds runs of {read['asked']}, to which these do not fit; name another file.")
+    return read["runs"], read["scores"]
+
+
+def write(args, runs, scores):
+    "All runs so far, so that a call that is cut off loses only those at work."
+    names = [*RECIPES, *REFINED]
+    for rows in (runs, scores):
+        rows.sort(key=lambda row: (names.index(row["recipe"]), row["fold"], row["seed"]))
+    about = {"question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations")}
+    with whole_file(args.json) as part:
+        part.write_text(json.dumps({**about, "asked": asked(args), "runs": runs, "scores": scores}, indent=1))
+
+
 def main():
     "Trains each recipe as often as asked for, a run a core, and reports."
     args = arguments()
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: a line for each run says enough
     warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces a process that has grown
-    runs, tables = [], []
-    work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
+    runs, scores = read_earlier(args)
+    done = {(run["recipe"], run["fold"], run["seed"]) for run in runs}
     seeded = list(zip(args.folds, itertools.cycle(args.seeds), strict=False))
-    todo = itertools.product(args.only, seeded)
-    for run, scores in work(delayed(one_run)(name, fold, seed, args) for name, (fold, seed) in todo):
+    todo = [(name, *pair) for name, pair in itertools.product(args.only, seeded) if (name, *pair) not in done]
+    work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
+    for run, table in work(delayed(one_run)(*each, args) for each in todo):
         runs.append(run)
-        tables.append(scores)
-        means = scores.groupby("judged").apply(lambda t: t.groupby("organ").dice.mean().mean(), include_groups=False)
+        scores += table[["recipe", "fold", "seed", "judged", "patient", "organ", "dice"]].round(4).to_dict(orient="records")
+        if args.json:
+            write(args, runs, scores)
+        means = table.groupby("judged").apply(lambda t: t.groupby("organ").dice.mean().mean(), include_groups=False)
         said = {**run, **means.to_dict()}
         del said["curve"]
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
-    scores, runs = pd.concat(tables), pd.DataFrame(runs)
-    scores["recipe"] = pd.Categorical(scores.recipe, args.only)
-    table = summary(scores.sort_values("recipe", kind="stable").astype({"recipe": str}))
-    print(__doc__, table.to_string(), "", sep="\n")
-    print(runs.groupby("recipe")[["epochs", "steps", "seconds", "swapped"]].mean().round(1).to_string())
-    if args.json:
-        kept = ["recipe", "fold", "seed", "judged", "patient", "organ", "dice"]
-        everything = {
-            "question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations"), "asked": vars(args),
-            "runs": runs.to_dict(orient="records"), "scores": scores[kept].round(4).to_dict(orient="records"),
-        }  # fmt: skip
-        with whole_file(args.json) as part:
-            part.write_text(json.dumps(everything, indent=2, default=str))
+    print(__doc__, summary(pd.DataFrame(scores)).to_string(), "", sep="\n")
+    print(pd.DataFrame(runs).groupby("recipe", sort=False)[["epochs", "steps", "seconds", "swapped"]].mean().round(1).to_string())
 
 
 if __name__ == "__main__":

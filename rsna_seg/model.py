@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER', 'CARD', 'as_input', 'marginal_logits', 'SegLoss', 'check_encoder', 'imagenet_file', 'read_stored',
-           'build_model', 'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'load_checkpoint', 'has_bf16',
-           'keep_memory', 'four_taps']
+           'build_model', 'file_sha256', 'Card', 'write_tensors', 'save_checkpoint', 'load_checkpoint', 'keep_memory',
+           'has_bf16', 'four_taps']
 
 # %% ../nbs/02_model.ipynb #b60cfe6e
 import ctypes
@@ -198,7 +198,8 @@ def _read_tensors(path):
             what = f"is text and no weights: it begins with {line!r}; if that is a web page or Git"
             what += " LFS's pointer to a file, download the file itself (git lfs pull)"
         elif isinstance(error, pickle.UnpicklingError) or "TorchScript" in why:
-            what = f"is refused: no plain weights, perhaps a model that could run code; {_INSTEAD}"
+            what = "is refused: no plain weights, perhaps another file, or a model that could run"
+            what += f" code; {_INSTEAD}"
         raise ConfigError(f"{path} {what}.") from error
     tensors = _find_state_dict(stored)
     if stored is not tensors and "tally" in stored:
@@ -351,6 +352,13 @@ def load_checkpoint(
     _load_weights(model, path, tensors)
     return model.eval(), card
 
+# %% ../nbs/02_model.ipynb #77d0c373
+def keep_memory():
+    "Lets this process keep freed memory for the next batch, where the C library is glibc."
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
 # %% ../nbs/02_model.ipynb #9b591444
 def has_bf16(device: str | torch.device = "cpu") -> bool:
     "Whether the device multiplies bfloat16 by itself; GPUs before Ampere only imitate it."
@@ -358,13 +366,6 @@ def has_bf16(device: str | torch.device = "cpu") -> bool:
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-
-# %% ../nbs/02_model.ipynb #77d0c373
-def keep_memory():
-    "Lets this process keep freed memory for the next batch, where the C library is glibc."
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 # %% ../nbs/02_model.ipynb #e618894f
 def four_taps(

@@ -79,7 +79,7 @@ class FitConfig:
 
     def __post_init__(self):
         if self.size < 64 or self.size % 32:
-            raise ConfigError(f"size {self.size} is not a multiple of 32 from 64 up.")
+            raise ConfigError(f"size {self.size} is not a multiple of 32 from 64 up, such as 512.")
         above = "batch_size accumulation epochs lr max_hours most_skipped clip patience".split()
         least = "weight_decay dice focal workers seed save_minutes freeze_epochs phantoms".split()
         for name in (*above, *least):

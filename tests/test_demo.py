@@ -54,6 +54,7 @@ print((demo.example(sys.argv[1]).folder / "made").read_text())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_example_once(tmp_path):
     command = [sys.executable, "-c", TRAIN_SLOWLY, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -132,6 +132,7 @@ def share_of_bowel(checkpoint, data):
     return ((found == 5) & (images > 0)).sum().item() / (images > 0).sum().item()
 
 
+@pytest.mark.slow
 def test_finetuning_on_three_organs_keeps_the_bowel(world):
     "From one network that finds bowel in these slices: called background, it is unlearnt; left out, it stays."
     start, share, bowel = world / "first" / "best_model_512.pth", {}, {}
@@ -152,6 +153,7 @@ def test_finetuning_on_three_organs_keeps_the_bowel(world):
     assert bowel["three"] > 1.5 * bowel["five"]
 
 
+@pytest.mark.slow
 def test_evaluation_judges_three_organs(world, tmp_path):
     result = evaluate(world / "first" / "best_model_512.pth", world / "three", workers=0)
     counted = states(result)
@@ -173,6 +175,7 @@ def test_evaluation_judges_three_organs(world, tmp_path):
     assert scores["labelled"] == list(OUTLINED) and scores["mean_over_patients"]["dice"]["bowel"]["mean"] is None
 
 
+@pytest.mark.slow
 def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
     "It gives out no other, and says so; where others are labelled, it has missed them."
     settings = TrainConfig(**SHARED, epochs=2, lr=3e-3, encoder_weights="none", fold=0)
@@ -191,6 +194,7 @@ def test_a_network_that_was_taught_three_organs(real_ct, world, tmp_path):
     assert "never taught them: spleen, bowel" in volumes["notes"][-1] and volumes["organs"]["bowel"]["ml"] is None
 
 
+@pytest.mark.slow
 def test_nothing_to_choose_an_epoch_by(world, tmp_path):
     "Masks whose only labelled organ is in no slice end in a sentence before the first epoch."
     data = prepare(world / "slices", tmp_path / "bowel", config=PrepareConfig(size=SIZE, valid=0.3, jobs=1, labelled=("bowel",)))

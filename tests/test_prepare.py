@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import joblib
 import nibabel as nib
@@ -45,6 +46,7 @@ def tree(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(kaggle, tmp_path):
     "SIGKILL, then the same call again: the same bytes as an undisturbed run."
     big, fork, rng = PrepareConfig(size=512, jobs=1), multiprocessing.get_context("fork"), random.Random(0)
@@ -232,6 +234,8 @@ def test_folds_are_opened(kaggle, tmp_path):
         seen += list(data.part("valid").patient.unique())
         assert not set(data.part("valid").patient) & set(data.part("train").patient)
     assert sorted(seen) == sorted(data.manifest.patient.unique())
+    alike = replace(data, manifest=data.manifest.assign(series="1")).splits  # as many sets name them
+    assert (alike.series == alike.patients).all() and alike.series.sum() > 2
     with pytest.raises(DataError, match="its folds are 0, 1, 2"):
         open_data(tmp_path / "data", fold=3)
 

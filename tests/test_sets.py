@@ -325,6 +325,7 @@ def test_pixels_that_are_seen_are_those_of_the_masks(folder, tmp_path, tiny):
     assert row.slices_of_narrow == sum(slices.sets[key % len(slices)] == 1 for key in keys)
 
 
+@pytest.mark.slow
 def test_phantoms_are_a_set_that_begins_alone(folder, tmp_path, tiny, monkeypatch):
     "They show the organs of the real sets and are never judged; one folder with phantoms resumes bit for bit."
     monkeypatch.setenv("RSNA_SEG_CACHE", str(tmp_path / "cache"))

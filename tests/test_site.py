@@ -156,6 +156,7 @@ def test_the_site_builds_offline(site):
         wrong += [f"{name}: raw link {raw}" for raw in re.findall(r"\]\(https?:\S+", page.code)]
         wrong += [f"{name}: traceback"] if "Traceback (most recent" in page.text + page.code else []
     assert wrong == []
+    assert "<td data-words>The left kidney lies" in (site / "report/04_dataset.html").read_text()
 
 
 LAYOUT = """() => {
@@ -165,8 +166,10 @@ LAYOUT = """() => {
     const wide = [...main.querySelectorAll('pre')].filter(e => e.scrollWidth > e.clientWidth + 1)
     const code = wide.filter(e => innerWidth > 767 || e.matches('.sourceCode') || !e.closest('.cell-output'))
     const out = [...main.querySelectorAll('*')].filter(e => inside(e).getBoundingClientRect().right > edge + 1)
+    const cut = [...main.querySelectorAll('table:has(td[data-words]:last-child)')].filter(
+        e => innerWidth > 767 && e.scrollWidth > e.clientWidth + 1 && e.rows[0].cells.length < 7)
     const badges = [...main.querySelectorAll('a > img')].filter(e => !e.getClientRects().length)
-    return [...code, ...out, ...badges].map(name).concat(
+    return [...code, ...out, ...cut, ...badges].map(name).concat(
         document.documentElement.scrollWidth > innerWidth ? ['the page is wider than the window'] : [])
 }"""
 
@@ -175,7 +178,7 @@ LAYOUT = """() => {
 @needs_smalldocs
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_fit_a_desk_and_a_phone(site, browser, width):
-    "No line of code, table or picture is wider than its column; badges are visible."
+    "No line of code, table or picture is wider than its column, no sentence in a table cut; badges are visible."
     wrong = {}
     for path in sorted(site.rglob("*.html")):
         with opened(browser, path, viewport={"width": width, "height": 900}) as (page, _):

@@ -150,6 +150,9 @@ def test_nnunet_folder_with_its_own_label_names(patients, tmp_path):
     (source / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": ids}))
     data = check(source, patients, PrepareConfig(**SMALL), labelled=["liver", "spleen", "left_kidney", "right_kidney"])
     assert data.info["kind"] == "NIfTI pairs" and data.manifest.bowel.isna().all()
+    assert data.info["notes"] == ["No organs of ours, and so background here: stomach."]
+    with pytest.raises(DataError, match="not a complete dataset folder"):  # though it has a dataset.json
+        open_data(source)
 
 
 @pytest.mark.parametrize("preset, ids, labelled", [

@@ -6,11 +6,15 @@ import os
 import shutil
 import socket
 import subprocess
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from nbformat.v4 import new_code_cell
+from papermill.iorw import load_notebook_node
 from tutorials import TUTORIALS, make_wheel, parameterized, run, run_in_kernel
 
 from rsna_seg.ct.phantom import write_kaggle
@@ -48,6 +52,17 @@ def test_a_mistake_is_a_sentence_in_a_notebook(capsys):
     shell.run_cell("from rsna_seg.files import ConfigError\nraise ConfigError('size 7 is not a multiple of 32.')")
     printed = capsys.readouterr()
     assert printed.out.strip() == "ConfigError: size 7 is not a multiple of 32." and not printed.err
+
+
+def test_a_full_drive_is_said_at_once(tmp_path):
+    "With half a GB left; with room, the folder of the results is made."
+    [cell] = [cell.source for cell in load_notebook_node(str(TUTORIALS / "colab_a100.ipynb")).cells if "disk_usage" in cell.source]
+    for free, said in ((5e8, pytest.raises(Exception, match="^Your Drive has 0.5 GB left and the runs need . GB: ")), (5e9, nullcontext())):
+        drive = {"drive": Mock(), "check_folder": Mock(), "shutil": Mock(**{"disk_usage.return_value.free": free})}
+        chosen = {"content": tmp_path, "results": "runs", "kaggle_dataset": "", "drive_zip": "none.zip"}
+        with said:
+            exec(cell, {"Path": Path, "Stop": RuntimeError, **drive, **chosen})
+    assert (tmp_path / "drive" / "MyDrive" / "runs").is_dir()
 
 
 def test_kaggle_is_told_all_that_a_push_needs():

@@ -171,12 +171,12 @@ def summarise(quality: Quality) -> list[str]:
     notes = len(quality.findings) - len(quality.suspects)
     bare, unplaced = int((series.masked == 0).sum()), int((~series.located).sum())
     skipped, are = quality.data.skipped, lambda things: "are" if len(things) > 1 else "is"
-    doubts = info.get("notes", ())
+    doubts = [note for note in info.get("notes", ()) if note != quality.data.window.note]
     size = [_count(series.patient.nunique(), "patient"), _count(len(series), "series")]
     size.append(_count(int(series.slices.sum()), "slice"))
     sentences = {
         f"{', '.join(size)}{source}.": True,
-        _suspicion(quality.suspects): True,
+        _suspicion(quality.suspects): len(quality.suspects) or quality.copies.empty,
         f"{_count(len(quality.copies), 'pair')} of series of different patients share pictures: is"
         " it one patient? In two splits it is learned by heart and then judged.":
             len(quality.copies),

@@ -202,14 +202,11 @@ def _millimetres(words):
         given = " ".join(words)
         raise ConfigError(f"--tolerance {given} is neither mm nor ORGAN=MM.") from error
 
-# %% ../../nbs/app/01_commands.ipynb #a6c45d57
-_NOT_SCORED = "out", "paths", "quiet", "json"  # what a judge is not told
-
 # %% ../../nbs/app/01_commands.ipynb #bce0372a
 def _score(command, judge):
     "Writes a report, prints the Dice of each organ and what was left out."
     check_folder(command.out, "report.html", "metrics.json", "cases")
-    own = "out", "paths", "quiet", "json"
+    own = "out", "paths", "quiet", "json"  # what a judge is not told
     settings = {key: value for key, value in vars(command).items() if key not in own}
     settings["tolerance"] = _millimetres(command.tolerance)
     result = judge(**settings, pictures=command.out / "cases")
@@ -284,7 +281,6 @@ class Compare(Command):
 # %% ../../nbs/app/01_commands.ipynb #eb2bdab2
 def _predict_scan(command):
     "One scan: its organs, what to look at, and where the files are."
-    print("loading the network; the first time, the fastest engine is found out")
     predictor = Predictor([command.checkpoint, *command.also], command.config)
     print(predictor, f"reading {command.scan}", sep="\n")
     with opened(command.scan, command.series, command.spacing, *predictor.png_window) as scan:
@@ -325,7 +321,7 @@ class Predict(Command):
     out: _path("OUT")  # the folder for the results; of many scans a folder each
     also: tuple[Path, ...] = ()  # more checkpoints, to be averaged with the first
     series: str | None = None  # of several: the UID, its beginning or end, or the number
-    list_series: bool = False  # only print the DICOM series that are there
+    list_series: bool = False  # only print the DICOM series of SCAN; the other two are not used
     spacing: tuple[float, float, float] | None = None  # of PNG: mm along slice, row, column
     outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
@@ -342,6 +338,7 @@ class Predict(Command):
         check_folder(self.out, "volumes.csv", "probabilities.h5", ".failed", *written)
         if self.measure_again:
             forget_engines()
+        print("loading the network; the first time, the fastest engine is found out")
         if self.series is None and not is_one_scan(self.scan):
             return _predict_scans(self)
         return _predict_scan(self)

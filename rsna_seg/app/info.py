@@ -46,10 +46,12 @@ def describe_engines(size: int) -> dict[str, str]:  # pixels along both sides of
     model = build_model(encoder_weights="none").eval()
     fastest, speeds = pick_engine(model, size, sha256="random weights")
     speeds = speeds or {fastest: measure_engine(make_engine(fastest, model, size), size)}
-    facts = dict.fromkeys(ENGINES, "not measured")
+    facts = dict.fromkeys(ENGINES, "not measured: others are faster here")
     for name, engine in ENGINES.items():
         if missing := missing_packages(*engine.packages):
-            facts[name] = f"needs {' and '.join(missing)}"
+            facts[name] = f"needs {' and '.join(missing)}, of the extra engines"
+        elif "cpu" not in engine.devices and not torch.cuda.is_available():
+            facts[name] = "needs a GPU that PyTorch can use"
     return facts | {name: f"{speed:.1f} slices/s" for name, speed in speeds.items()}
 
 # %% ../../nbs/app/05_info.ipynb #1580643c

@@ -259,11 +259,13 @@ def _nifti_source(layout, config):
     images, masks, notes = _two_folders(layout, "NIfTI")
     scans, channels = first_channels(images, masks)
     if channels:
-        names = ", ".join(path.name for path in channels[:3])
-        notes.append(f"{len(channels)} further channels left out, such as {names}.")
+        notes.append(f"{len(channels)} further channels left out, such as {channels[0].name}.")
     table = layout.scans.parent / "dataset.json"
     if not config.labels and table.exists() and "labels" in read_json(table):
         config = replace(config, labels=str(table))
+        names = config.label_map().names
+        others = ", ".join(name for name in names if not names[name] and name != "background")
+        notes += [f"No organs of ours, and so background here: {others}."] * bool(others)
     masks = {name: (path,) for name, path in masks.items()}
     return _volumes(layout.kind, layout.scans, scans, masks, config, notes)
 
@@ -380,16 +382,14 @@ def find_source(
         raise DataError(no_scan(source))
     layout, notes = find_layout(source, mask), ()
     if not (mask or layout) and source.name.lower() in IMAGES:
-        beside = find_layout(source.parent)
-        if beside and beside.masks and beside.scans == source:
+        if (beside := find_layout(source.parent)) and beside.masks and beside.scans == source:
             layout, notes = beside, (f"The masks are those in {beside.masks}.",)
     if layout and (layout.masks or layout.kind == CASE_FOLDERS):
         recognised = _SOURCES[layout.kind](layout, config)
     else:
         recognised = alone and _mask_source(source, config) or _seg_source(source, config)
     if not recognised:
-        kinds = scan_kinds(source)
-        known = any(kinds.get(kind) for kind in ("DICOM", "NIfTI", "PNG"))
+        known = any(map(scan_kinds(source).get, ("DICOM", "NIfTI", "PNG")))
         raise DataError(f"{source} holds no masks; give {_MASKED}." if known else no_scan(source))
     cases = sorted(recognised.cases, key=lambda case: (case.patient, case.series))
     for one, other in zip(cases, cases[1:]):

@@ -134,8 +134,11 @@ def training_curves(
             ax.axvline(shift + refined.epoch.iloc[0] - 0.5, color="#0077BB", linewidth=0.8)
     axes[large].set_title(",\n".join([large, *title]))
     axes[large].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if "lr" in history and (history.lr > 0).any():
-        axes["Learning rate"].set_yscale("log")
+    rates = pd.concat(list(stages.values())).reindex(columns=["lr"]).lr
+    if (rates > 0).any():  # powers of ten would be too few numbers, or too many
+        ends, ax = rates[rates > 0].agg(["min", "max"]), axes["Learning rate"]
+        ax.set(yscale="log", yticks=ends, yticklabels=ends.map("{:.3g}".format))
+        ax.minorticks_off()
     axes[large].set_xlabel("epoch")
     shown = [o for o in ORGANS if f"valid_dice_{o.key}" in history]
     names = {"training": "#777777", "validation": "#CC3311", **{o.name: o.color for o in shown}}
@@ -200,7 +203,7 @@ def roc_curves(
     tidy(whole, title="ROC, each organ against the rest", xlim=(-0.01, 1), ylim=(0, 1.01), **names)
     tidy(corner, title="Below 2 % false positives", xticks=np.linspace(0, 0.02, 5),
           xlim=(0, 0.02), ylim=(np.floor(lowest * 10) / 10 - 0.02, 1.005), **names)
-    whole.legend(title="area under the curve", loc="lower right", frameon=False)
+    whole.legend(title="area under the curve", loc="lower right", edgecolor="white", framealpha=1)
     return fig
 
 # %% ../../nbs/report/00_plots.ipynb #reliaco1
@@ -218,7 +221,7 @@ def reliability_curves(
             label = f"{o.name}  {calibration_error(bins):.4f}"
             left.plot(bins.score, bins.share, label=label, **style)
             right.plot(bins.score, bins.pixels, **style)
-    axis = dict(xlabel="predicted probability, mean of the bin", xlim=(-0.02, 1.02))
+    axis = dict(xlabel="mean predicted probability", xlim=(-0.02, 1.02))
     tidy(left, title="Reliability", ylabel="share that is the organ", ylim=(-0.02, 1.02), **axis)
     tidy(right, title="Pixels behind each dot", ylabel="pixels in the bin", yscale="log", **axis)
     title = "calibration error (ECE)"
@@ -256,7 +259,8 @@ def case_panels(
         row[0].set_ylabel(title)
     for ax, title in zip(axes[0], ("Slice", "Truth", "Prediction", "Error")):
         ax.set_title(title)
-    axes[-1, 3].set_xlabel("solid: missed, or another organ\nstriped: false alarm", fontsize=8)
+    marks = "solid: missed, or another organ\nstriped: false alarm"
+    axes[-1, 3].set_xlabel(marks, fontsize=8, loc="right")
     organ_legend(fig)
     return fig
 

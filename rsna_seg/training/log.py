@@ -56,13 +56,13 @@ class Run:
         dice, best = self.history.valid_dice, "no epoch yet"
         if dice.any():
             best = f"best epoch {self.best.epoch:.0f}, Dice of pooled pixels {dice.max():.3f}"
-        step = 280 / max(1, len(dice) - 1)
-        points = " ".join(f"{10 + i * step:.0f},{75 - 70 * d:.0f}" for i, d in enumerate(dice))
+        dx = 280 / max(1, len(dice) - 1)
+        line = " ".join(f"{10 + i * dx:.0f},{75 - 70 * d:.0f}" for i, d in dice.dropna().items())
         return (
             f"<p><b>{escape(str(self.folder))}</b>: {len(dice)} epochs, {best}</p>"
             '<svg width="300" height="80" role="img" aria-label="Dice of each epoch, 0 to 1"'
             ' fill="none"><path d="M10 5V75H290" stroke="#777777"/>'
-            f'<polyline points="{points}" stroke="#CC3311" stroke-width="2"/></svg>'
+            f'<polyline points="{line}" stroke="#CC3311" stroke-width="2"/></svg>'
         )
 
 

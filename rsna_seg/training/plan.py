@@ -152,7 +152,7 @@ class Plan:
         return "\n".join(f"{name:>18}  {text}" for name, text in self.lines.items())
 
     def _repr_html_(self):
-        return pd.Series(self.lines).to_frame("plan").style.hide(axis="columns").to_html()
+        return pd.Series(self.lines).to_frame().style.hide(axis=1).set_uuid("plan").to_html()
 
 # %% ../../nbs/training/01_plan.ipynb #9df667a3
 def make_plan(
