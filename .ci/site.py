@@ -53,9 +53,10 @@ def with_near_links(text, home, targets, site):
     return "".join(parts)
 
 
-def with_marked_words(table):
-    "The HTML with a mark on each cell that holds a sentence, which is five words or more."
-    return re.sub(r"<td(?=[^>]*>(?:[^<\s]+\s){4})", "<td data-words", table)
+def with_marked_cells(table):
+    "The HTML with a mark on each cell that holds a sentence, five words or more, or a checksum."
+    table = re.sub(r"<td(?=[^>]*>(?:[^<\s]+\s){4})", "<td data-words", table)
+    return re.sub(r"<td(?=[^>]*>[^<\s]{40})", "<td data-digits", table)
 
 
 def main():
@@ -78,7 +79,7 @@ def main():
                 where[key] = text.splitlines(keepends=True)
             for output in cell.get("outputs", []):
                 if html := output.get("data", {}).get("text/html"):
-                    output["data"]["text/html"] = with_marked_words("".join(html))
+                    output["data"]["text/html"] = with_marked_cells("".join(html))
         page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -63,7 +63,8 @@ def writing(path: str | Path):
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        what = f"{error.strerror or error}; make room there or choose another place"
+        raise OutputError(f"{path} cannot be written: {what}.") from error
 
 # %% ../nbs/files.ipynb #ceee6be6
 def check_folder(

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import joblib
 import nibabel as nib
@@ -233,6 +234,8 @@ def test_folds_are_opened(kaggle, tmp_path):
         seen += list(data.part("valid").patient.unique())
         assert not set(data.part("valid").patient) & set(data.part("train").patient)
     assert sorted(seen) == sorted(data.manifest.patient.unique())
+    alike = replace(data, manifest=data.manifest.assign(series="1")).splits  # as many sets name them
+    assert (alike.series == alike.patients).all() and alike.series.sum() > 2
     with pytest.raises(DataError, match="its folds are 0, 1, 2"):
         open_data(tmp_path / "data", fold=3)
 

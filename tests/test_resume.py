@@ -30,7 +30,7 @@ from rsna_seg.data import PrepareConfig, SliceDataset, prepare
 from rsna_seg.files import ConfigError, OutputError
 from rsna_seg.finetune import FinetuneConfig, finetune
 from rsna_seg.train import TrainConfig, train
-from rsna_seg.training.loop import Tally
+from rsna_seg.training.loop import Tally, load_state, save_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -482,12 +482,21 @@ def test_a_full_disk(folder, half, name):
     before = {path: path.read_bytes() for path in (half / "last").iterdir()}
     (half / "best_model_512.pth").unlink() if name.startswith("best") else None
     refuse_writing(half / name)
-    with pytest.raises(OutputError, match=f"^{half}.* cannot be written: No space left on device.$"):
+    with pytest.raises(OutputError, match=f"^{half}.* cannot be written: No space left on device; make room there or choose another place.$"):
         train(folder / "data", half, FIRST)
     assert not list(half.rglob(".*"))
     if name in ("config.json", "last/state.pt"):
         assert before == {path: path.read_bytes() for path in (half / "last").iterdir()}
     goes_on(folder, half)
+
+
+def test_a_replaced_state_takes_no_room_in_a_trash(tmp_path):
+    "Google Drive keeps the file that another replaces; a link stands for its trash."
+    for steps in (1, 2):
+        save_state(tmp_path, {"steps": steps})
+    os.link(tmp_path / "last" / "previous.pt", tmp_path / "trash")
+    save_state(tmp_path, {"steps": 3})
+    assert (tmp_path / "trash").stat().st_size == 0 and load_state(tmp_path) == {"steps": 3}
 
 
 def test_a_disk_that_fills_up_while_the_state_is_written(folder, half, capsys):
@@ -503,6 +512,7 @@ def test_a_disk_that_fills_up_while_the_state_is_written(folder, half, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rsna_seg ")]
-    assert end.value.code == 2 and said == [f"rsna_seg train: {half / 'last' / 'state.pt'} cannot be written: File too large."]
+    full = "cannot be written: File too large; make room there or choose another place."
+    assert end.value.code == 2 and said == [f"rsna_seg train: {half / 'last' / 'state.pt'} {full}"]
     assert before == {path: path.read_bytes() for path in (half / "last").iterdir()}
     goes_on(folder, half)

@@ -27,6 +27,7 @@ PHANTOM = {"patients": 2, "size": 64, "slices": 6}
 COLAB = {
     "first_settings": {**SMALL, "epochs": 2, "lr": 1e-3}, "fine_settings": {key: SMALL[key] for key in SMALL if "weights" not in key} | {"epochs": 1},
     "gpu_script": (TUTORIALS.parents[1] / "benchmarks" / "gpu.py").as_uri(), "phantom": PHANTOM,
+    "gpu_needed": False,
 }  # fmt: skip
 
 
@@ -94,24 +95,61 @@ def colab(folder, kaggle, wheel, **parameters):
     return drive, {**COLAB, "package": wheel, "content": str(folder / "content"), **parameters}, given
 
 
+FULL = """
+import errno
+from rsna_seg.training import loop
+
+write, written = loop.write_tensors, []
+
+def until_full(content, path):
+    if written:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(content, path)
+    written.append(path)
+
+loop.write_tensors = until_full
+"""
+DISCONNECT = "import shutil\nshutil.rmtree(content)"
+
+
+def with_disconnects(notebook):
+    "The session ends after each cell that may write to Drive, with all on its machine; then all runs from the top."
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code" and "pip = [" not in cell.source]
+    ends = [i for i, cell in enumerate(notebook.cells, 1) if "home" in cell.source]
+    assert len(ends) >= 6
+    disconnect = new_code_cell(DISCONNECT)
+    notebook.cells = [cell for end in ends for cell in (*notebook.cells[:end], disconnect)]
+    return notebook
+
+
 @pytest.mark.slow
-def test_colab_goes_on_after_a_disconnect(kaggle, wheel, tmp_path):
-    """The session ends after the first training, with all that was on its machine; the notebook then runs whole.
+def test_colab_goes_on_after_a_full_drive_and_after_any_disconnect(kaggle, wheel, tmp_path):
+    """Drive is full in the second epoch; the next session ends after each cell that writes to Drive; the notebook then runs whole.
 
     What lies on Drive is what the package makes of the same slices in one go.
     """
     (tmp_path / "nothing.py").write_text("print('no GPU')")
     script = {"gpu_script": (tmp_path / "nothing.py").as_uri()}
     drive, parameters, given = colab(tmp_path / "one", kaggle, wheel, kaggle_dataset="me/slices", **script)
-    fine, printed = run(parameterized("colab_a100.ipynb", "first = train(", **parameters), tmp_path / "one", **given)
-    assert fine and "no GPU" in printed and "best epoch" in printed, printed
+    notebook = parameterized("colab_a100.ipynb", "first = train(", **parameters)
+    notebook.cells.insert(len(notebook.cells) - 1, new_code_cell(FULL))
+    fine, printed = run(notebook, tmp_path / "one", **given)
+    state = tmp_path / "one" / "content" / "drive" / "MyDrive" / "rsna_seg" / "first" / "last" / "state.pt"
+    full = f"OutputError: {state} cannot be written: No space left on device; make room there or choose another place."
+    assert not fine and "no GPU" in printed and printed.endswith(f">>\n{full}\n"), printed
+    assert sorted(path.name for path in (drive / "rsna_seg" / "first" / "last").iterdir()) == ["state.pt"]
     shutil.rmtree(tmp_path / "one")
+
+    fine, printed = run(with_disconnects(parameterized("colab_a100.ipynb", **parameters)), tmp_path / "one", **given)
+    assert fine and printed.count("epoch 2/2") == 1 and "epoch 1/2" not in printed, printed
 
     (tmp_path / "two").mkdir()
     _, parameters, given = colab(tmp_path / "two", kaggle, wheel, kaggle_dataset="me/slices")
     notebook = parameterized("colab_a100.ipynb", **parameters)
     run_in_kernel(notebook, tmp_path / "two", **given)
     assert (tmp_path / "two" / "packages" / "rsna_seg" / "report" / "page.py").exists()
+    assert notebook.cells[-1].outputs[0].text == "All is on your Drive.\n"
     made = {str(path.relative_to(drive / "rsna_seg")) for path in (drive / "rsna_seg").rglob("*")}
     assert made >= {"quality/quality.html", "report/report.html", "predicted/organs.nii.gz", "predicted/preview.png"}
 
@@ -128,8 +166,9 @@ from pytest import raises
 
 del os.environ["STAND_IN_SECRET_KAGGLE_API_TOKEN"]
 with raises(Stop, match="secrets have no KAGGLE_API_TOKEN"):
-    from_kaggle("me/slices")
+    take_token()
 os.environ["STAND_IN_SECRET_KAGGLE_API_TOKEN"] = "wrong"
+take_token()
 with raises(Stop, match="Kaggle does not give me/slices: 403 Client Error for me/slices.; check its name and your token."):
     from_kaggle("me/slices")
 """
@@ -140,7 +179,7 @@ def test_the_other_doors_and_mistakes_on_colab(kaggle, wheel, tmp_path):
     (tmp_path / "nothing.py").write_text("")
     script = {"gpu_script": (tmp_path / "nothing.py").as_uri()}
     drive, parameters, given = colab(tmp_path, kaggle, wheel, drive_zip="some/slices.zip", results="doors", **script)
-    with_doors = lambda: parameterized("colab_a100.ipynb", "rehearsal = False", **parameters)
+    with_doors = lambda: parameterized("colab_a100.ipynb", "weak = {", **parameters)
     notebook = with_doors()
     notebook.cells.append(new_code_cell(DOORS))
     fine, printed = run(notebook, tmp_path, **given)
@@ -151,12 +190,18 @@ def test_the_other_doors_and_mistakes_on_colab(kaggle, wheel, tmp_path):
     shutil.make_archive(str(drive / "some" / "slices"), "zip", kaggle / "me" / "slices")
     notebook = with_doors()
     notebook.cells = [cell for cell in notebook.cells if "pip = [" not in cell.source]
-    notebook.cells.insert(1, new_code_cell("class Stop(Exception):\n    def _render_traceback_(self):\n        return [str(self)]"))
+    notebook.cells.append(parameterized("colab_a100.ipynb").cells[-1])
+    fine, printed = run(notebook, tmp_path, STAND_IN_DRIVE_FULL="yes", **given)
+    assert "rehearsal" not in printed and (tmp_path / "content" / "unzipped" / "masks").is_dir(), printed
+    assert not fine and ">>\nDrive has not taken everything (flush_and_unmount failed): leave this session open, " in printed, printed
+    parameters["gpu_needed"] = True
+    notebook = with_doors()
+    notebook.cells = [cell for cell in notebook.cells if "pip = [" not in cell.source]
     fine, printed = run(notebook, tmp_path, **given)
-    assert fine and "rehearsal" not in printed and (tmp_path / "content" / "unzipped" / "masks").is_dir(), printed
+    assert not fine and ">>\nThis session has no GPU, without which your data would train for days: " in printed, printed
     del given["STAND_IN_DRIVE"]
     fine, printed = run(notebook, tmp_path, **given)
-    assert not fine and printed.endswith(">>\nDrive is not connected (mount failed); run this cell again and allow it.\n")
+    assert not fine and ">>\nDrive is not connected (Error: credential propagation was unsuccessful): run this cell again " in printed
 
 
 @pytest.mark.slow

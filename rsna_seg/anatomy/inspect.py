@@ -171,7 +171,7 @@ def summarise(quality: Quality) -> list[str]:
     notes = len(quality.findings) - len(quality.suspects)
     bare, unplaced = int((series.masked == 0).sum()), int((~series.located).sum())
     skipped, are = quality.data.skipped, lambda things: "are" if len(things) > 1 else "is"
-    doubts = info.get("notes", ())
+    doubts = [note for note in info.get("notes", ()) if note != quality.data.window.note]
     size = [_count(series.patient.nunique(), "patient"), _count(len(series), "series")]
     size.append(_count(int(series.slices.sum()), "slice"))
     sentences = {

@@ -189,7 +189,8 @@ class SliceData:
     @property
     def splits(self) -> pd.DataFrame:
         "Of each split the patients, series, slices, and slices with each organ."
-        table = self.manifest.groupby("split")[["patient", "series", "image"]].nunique()
+        rows = self.manifest.assign(series=self.manifest.patient + "/" + self.manifest.series)
+        table = rows.groupby("split")[["patient", "series", "image"]].nunique()
         shown = (self.manifest[self.info["labelled"]] > 0).groupby(self.manifest.split).sum()
         organs = [f"slices with {ORGAN[key].name.lower()}" for key in shown]
         return table.join(shown).set_axis(["patients", "series", "slices", *organs], axis=1)
@@ -247,9 +248,8 @@ def open_data(
         split = np.select(which, ["none", "valid"], "train")
         data = replace(data, manifest=data.manifest.assign(split=split))
     splits = data.manifest[data.manifest.split != "none"].groupby("patient").split.nunique()
-    if (splits > 1).any():
-        patient = splits.index[splits > 1][0]
-        raise DataError(f"Patient {patient} is in training and in validation; prepare it again.")
+    if mixed := list(splits.index[splits > 1]):
+        raise DataError(f"Patient {mixed[0]} is in training and in validation; prepare it again.")
     return data
 
 # %% ../../nbs/ct/10_store.ipynb #1739f267

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..ct.cases import case_name
 from ..ct.organs import in_words
-from .cases import join_cases, write_case
+from .cases import MOST_CASES, join_cases, write_case
 from .evaluation import BETTER, NAMES, case_section, write_numbers
 from .page import Section, write_report
 from .plots import paired_differences, save_png
@@ -92,7 +92,8 @@ def _cases(result, out, most=20):
     parts = list(_case_parts(result, table.reset_index().head(most).itertuples(), out))
     return Section(
         "Cases, the largest change first",
-        "A click on a column's heading sorts, one on a case opens it.", table, sortable=True,
+        "A click on a column's heading sorts, one on a case opens it. Both predictions are shown"
+        f" where a case is among the {MOST_CASES} worst of each model.", table, sortable=True,
         links={row: part.anchor for row, part in zip(table.index, parts)}, parts=parts,
         absent="no organ of this volume has a Dice",
     )  # fmt: skip
@@ -146,6 +147,6 @@ def write_comparison(
         *figures[1:], Section("How each number is defined", notes=explained),
         Section("What it rests on", notes=ground),
     ]  # fmt: skip
-    title = " and ".join(result.names)
+    title = f"Comparison of {' and '.join(result.names)}"
     write_report(out / "report.html", title, _sentences(result), sections, result.left_out)
     return out / "report.html"

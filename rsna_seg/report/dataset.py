@@ -199,10 +199,8 @@ def _series_table(series):
     columns |= {"slice_mm": "slice, mm", "col_mm": "pixel, mm", "orientation": "orientation"}
     table = series.set_index(["patient", "series"]).rename(columns=columns)
     table = table.reindex(columns=columns.values())
-    volumes = [name for name in table if name.endswith(" ml")]
-    table[volumes] = table[volumes].round().astype("Int64")
     table["incomplete"] = np.where(series.incomplete, "yes", "")
-    return table.dropna(axis="columns", how="all")
+    return table.loc[:, (table.notna() & table.astype(str).ne("")).any()]
 
 
 def largest_slices(quality: Quality):
@@ -222,8 +220,7 @@ def largest_slices(quality: Quality):
 def _every_series(quality):
     "The table of all series, with their slices on demand."
     table, parts = _series_table(quality.series), list(largest_slices(quality))
-    links = {key: " / ".join(key) for key in table.index}
-    links = {key: name for key, name in links.items() if name in {part.anchor for part in parts}}
+    links = {tuple(part.anchor.split(" / ")): part.anchor for part in parts}
     text = f"{len(links)} series open: the slices on which each organ is largest."
     return Section("Every series", text, table, digits=2, absent="not known", sortable=True,
                    links=links, parts=parts)  # fmt: skip
@@ -257,11 +254,10 @@ def _sections(quality):
     tables = [table.set_index("patient") for table in (suspects, notes, data.skipped)]
     prepared = pd.DataFrame({"note": data.info.get("notes", [])}).rename(lambda i: i + 1)
     window = "Level {:g}, width {:g}, {}. {}".format(*data.window)
-    source = data.info.get("kind", "").capitalize() or "This set"
-    copies = quality.copies.set_index("series") if len(quality.copies) else None
+    source = f"The source ({data.info['kind']})" if data.info.get("kind") else "The source"
+    copies = quality.copies.set_index("series") if len(quality.copies) else quality.copies
     sections = [Section("Findings", "\n\n".join(advice) or nothing, tables[0] if advice else None)]
-    if copies is not None:
-        sections.append(Section("Copies", _COPIES, copies, sortable=True))
+    sections.append(Section("Copies", _COPIES, copies, sortable=True))
     if len(quality.organs):
         sections += [
             Section("Sides and order", figure=sides_figure(quality), caption=_SIDES),

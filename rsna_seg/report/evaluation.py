@@ -63,10 +63,11 @@ def sentences(
     text = [
         f"Judged on {len(cases)} volumes ({len(result.slices)} slices) of"
         f" {cases.patient.nunique()} patients: {result.about.get('part', 'all')}.",
-        *result.about.get("notes", []),
     ]
+    notes = result.about.get("notes", [])
+    notes = [n for n in notes if not any(n != other and n in other for other in notes)]
     if organs.empty:
-        return [*text, "None of the labelled organs is in these volumes: there is no Dice."]
+        return [*text, "None of the labelled organs is in these volumes: there is no Dice.", *notes]
     overlap = {key: interval_text(row) for key, row in dice.iterrows()}
     best, worst = organs.idxmax(), organs.idxmin()
     overlap[MEAN] = interval_text(dice.loc[MEAN], name="95 % interval ")
@@ -91,7 +92,7 @@ def sentences(
     if unlabelled := in_words([key for key in ALL_ORGANS if key not in result.labelled]):
         text.append(f"Not labelled in this data, and so not judged: {unlabelled}.")
     right = 100 * pixel_accuracy(result.matrix)
-    return [*text, f"{right:.2f} % of all pixels have the right class, most of them background."]
+    return [*text, f"{right:.2f} % of all pixels have the right class, mostly background.", *notes]
 
 # %% ../../nbs/report/02_evaluation.ipynb #7371a393
 def organ_table(
@@ -101,14 +102,14 @@ def organ_table(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # texts, and for each that is missing the reason
     "Means over patients with their intervals, and the patients that count."
     keys, counted = [*ALL_ORGANS, MEAN], states(result)
+    if result.volumes.predicted_ml.isna().all():  # the size of the pixels is unknown
+        chosen = [key for key in chosen if METRICS[key].counts]
     table = pd.DataFrame({"patients": scores["dice"].n.reindex(keys)}, index=keys)
     names = ["patients", *(METRICS[key].name for key in chosen)]
     reasons = pd.DataFrame("no patient has a value", keys, names)
     for metric in (METRICS[key] for key in chosen):
         rows = scores[metric.key].loc[keys]
         table[metric.name] = [interval_text(row, metric.digits) for _, row in rows.iterrows()]
-        if not metric.counts and result.volumes.predicted_ml.isna().all():
-            reasons[metric.name] = "the size of the pixels is unknown"
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
     missed = (counted.present == 0) & (counted.missed > 0)
     reasons.loc[counted.index[missed]] = "missed in all volumes: no outline to measure from"
@@ -213,6 +214,7 @@ def case_section(
     "A foldable part about one volume."
     rows = volumes.query("patient == @case.patient and series == @case.series").set_index("organ")
     table, texts = rows[list(shown)].rename(columns=shown), rows[note].astype(object).fillna("")
+    table = table.dropna(axis="columns", how="all")
     reasons = pd.DataFrame({column: texts for column in table}, table.index)
     name = f"atient {case.patient}, series {case.series}"
     link = '<p><a href="{}/{}">All its slices in the viewer, first the worst</a></p>'
@@ -245,7 +247,7 @@ def _cases(result):
     names = [o.name for o in ORGANS]
     far = result.volumes.groupby(keys).hd95_mm.max().loc[order.index]
     columns = order.rename("mean Dice"), by_organ.dice[names], far.rename("largest HD95, mm")
-    table = pd.concat(columns, axis=1)
+    table = pd.concat(columns, axis=1).dropna(axis="columns", how="all")
     reasons = by_organ.note.reindex(columns=table.columns).astype(object)
     text = "Dice of each organ. A click on a column's heading sorts, one on a case opens it."
     if len(order) > len(parts) > 0:
@@ -259,9 +261,10 @@ def _cases(result):
 # %% ../../nbs/report/02_evaluation.ipynb #bf00bc9d
 def _sets(result, scores):
     "The part on each of several sets."
-    tables = {**set_scores(result), "all together": scores}
+    tables = {f"set {name}": each for name, each in set_scores(result).items()}
+    tables["all together"] = scores
     rows = {name: each["dice"].apply(interval_text, axis=1) for name, each in tables.items()}
-    table = pd.DataFrame(rows).T.rename(columns=NAMES).rename_axis("set")
+    table = pd.DataFrame(rows).dropna(how="all").T.rename(columns=NAMES).rename_axis("set")
     text = "Dice, mean over patients. All together has each organ from the sets that label it."
     section = Section("Each set", text, table, absent="not labelled in this set, or absent")
     return [section] if len(tables) > 1 else []
@@ -279,7 +282,8 @@ def _organ_sections(result, scores, drawn):
     first = [metric.key for metric in METRICS.values() if metric.first]
     table, reasons = organ_table(result, scores, first)
     more, why = organ_table(result, scores, [key for key in METRICS if key not in first])
-    means = "Means over patients."
+    means, sized = "Means over patients.", result.volumes.predicted_ml.notna().any()
+    means += "" if sized else " The size of the pixels is unknown: no distances, no volumes."
     caption = "A bar is the mean over patients"
     if scores["dice"].low.count():
         means += " Brackets: 95 % interval (Gaffke 2005): one more patient might have 0, or 1."
@@ -288,8 +292,7 @@ def _organ_sections(result, scores, drawn):
     return (
         Section("Each organ", text, table, drawn["dice"], absent=reasons,
                 caption=f"{caption}.", alt="Bars of mean Dice by organ"),
-        Section("Each organ, further scores", f"{means} The false-positive volume rests on"
-                " patients without the organ.", more, absent=why),
+        Section("Each organ, further scores", means, more, absent=why),
     )  # fmt: skip
 
 
@@ -350,8 +353,8 @@ def _ground(result):
     "What was judged, by what, with which settings."
     lines = [f"Checkpoint: {model['checkpoint']}, SHA-256 {model['sha256'] or 'unknown'}"
              for model in result.about.get("models", [])]  # fmt: skip
-    data = result.about.get("data", {})
-    lines += [f"{key.capitalize()}: {value}" for key, value in data.items() if value is not None]
+    lines += [f"{key.capitalize()}: {', '.join(map(str, np.atleast_1d(value)))}"
+              for key, value in result.about.get("data", {}).items() if value is not None]
     tolerance = ", ".join(f"{NAMES[key].lower()} {mm:g} mm" for key, mm in result.tolerance.items())
     lines.append(f"Tolerance of NSD: {tolerance}")
     if result.roc is not None:

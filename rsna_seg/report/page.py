@@ -95,8 +95,7 @@ def column_headings(table: pd.DataFrame) -> list:  # of (name, whether numeric),
     "What stands above the columns, and how they are aligned and sorted."
     index = table.index
     name = index.name if index.nlevels == 1 else _label(tuple(index.names))
-    if name is None:
-        name = Markup('<span class="unseen">row</span>')
+    name = Markup('<span class="unseen">row</span>') if name is None else name
     labels = pd.Series([_label(i) for i in index], dtype=object)
     columns = [(column, _numeric(values)) for column, values in table.items()]
     return [(name, _numeric(labels)), *columns]

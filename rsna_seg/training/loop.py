@@ -318,9 +318,8 @@ def valid_epoch(
 # %% ../../nbs/training/00_loop.ipynb #acff2961
 def _parts(loop):
     "All that has a state of its own, by its name in the dictionary; None for what a run lacks."
-    average = None if loop.average is None else loop.judged
     return {
-        "model": loop.network, "average": average, "optimizer": loop.optimizer,
+        "model": loop.network, "average": loop.average and loop.judged, "optimizer": loop.optimizer,
         "scheduler": loop.scheduler, "scaler": loop.accelerator.scaler,
     }  # fmt: skip
 
@@ -353,6 +352,7 @@ def save_state(out: str | Path, state: dict):
     with writing(latest), whole_file(latest) as part:
         write_tensors(state, part)
         if latest.exists():
+            previous.write_bytes(b"")  # Google Drive keeps what is replaced, in its trash
             os.replace(latest, previous)
 
 # %% ../../nbs/training/00_loop.ipynb #75ecb27a
@@ -366,6 +366,5 @@ def load_state(out: str | Path) -> dict | None:
             reason = str(error).partition("\n")[0]
             print(f"{path} cannot be read ({reason}).", file=sys.stderr)
     if states:
-        raise ConfigError(
-            f"{states[0].parent} holds no state that can be read; delete it to begin the run anew."
-        )
+        what = "holds no state that can be read; delete it to begin the run anew."
+        raise ConfigError(f"{states[0].parent} {what}")
