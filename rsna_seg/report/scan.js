@@ -280,6 +280,7 @@ function makePlane(viewer, box) {
   }
   function bar() {
     const third = box.clientWidth / 3 / scale(), element = box.querySelector(".bar");
+    element.hidden = !data.origins; // millimetres are not known
     const length = [100, 50, 20, 10, 5, 2, 1].find(n => n <= third) || 0.5;
     element.style.width = `${length * scale()}px`;
     element.textContent = `${length} mm`;

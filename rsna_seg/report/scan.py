@@ -193,8 +193,8 @@ def organ_rows(
     return rows
 
 # %% ../../nbs/report/03_scan.ipynb #cc5c4b60
-def _draw_plane(ax, grey, mask, spacing, title, sides=""):
-    "A plane in its true proportions, and with letters at its sides a bar of 50 mm."
+def _draw_plane(ax, grey, mask, spacing, title, sides="", bar=False):
+    "A plane in its true proportions, with letters at its sides and a bar of 50 mm."
     down, across = np.multiply(grey.shape, spacing)
     ax.imshow(overlay(grey, mask), extent=(0, across, down, 0))
     ax.set(xticks=[], yticks=[])
@@ -202,7 +202,7 @@ def _draw_plane(ax, grey, mask, spacing, title, sides=""):
     for letter, x, align in zip(sides, (0.02, 0.98), ("left", "right")):
         ax.text(x, 0.5, letter, transform=ax.transAxes, ha=align, va="center",
                 color="white", fontweight="bold", fontsize=11)
-    if sides:
+    if bar:
         left, low = 0.03 * across, 0.95 * down
         ax.plot([left, left + 50], [low, low], color="white", linewidth=2)
         ax.text(left, 0.93 * down, "50 mm", color="white", fontsize=9, va="bottom")
@@ -226,7 +226,8 @@ def preview(
         (f"Axial, slice {z}", f"Coronal, row {row}", f"Sagittal, column {col}"),
         ("RL", "RL", "AP"),
     ):
-        _draw_plane(ax, window(scan.hu[cut], level, width), mask[cut], size, title, sides)
+        grey = window(scan.hu[cut], level, width)
+        _draw_plane(ax, grey, mask[cut], size, title, sides, bar=scan.source.measured)
     filled = np.flatnonzero(mask.any(axis=(1, 2)) | ~mask.any())
     chosen = np.unique(np.linspace(filled[-1], filled[0], 12).round().astype(int))[::-1]
     for i, z in enumerate(chosen, start=1):
