@@ -61,8 +61,8 @@ def sentences(
     organs = dice.drop(MEAN)["mean"].dropna()
     cases = result.volumes[["patient", "series"]].drop_duplicates()
     text = [
-        f"Judged on {len(cases)} volumes ({len(result.slices)} slices) of"
-        f" {cases.patient.nunique()} patients: {result.about.get('part', 'all')}.",
+        f"Judged on {len(cases)} volume{'s'[: len(cases) > 1]} ({len(result.slices)} slices) of"
+        f" {(n := len({*cases.patient}))} patient{'s'[:n > 1]}: {result.about.get('part', 'all')}.",
     ]
     notes = result.about.get("notes", [])
     notes = [n for n in notes if not any(n != other and n in other for other in notes)]
