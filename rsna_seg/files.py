@@ -63,7 +63,7 @@ def writing(path: str | Path):
     try:
         yield
     except OSError as error:
-        what = f"{error.strerror or error}; make room there or choose another place"
+        what = f"{error.strerror or error}; put that right or choose another place"
         raise OutputError(f"{path} cannot be written: {what}.") from error
 
 # %% ../nbs/files.ipynb #ceee6be6

@@ -482,7 +482,7 @@ def test_a_full_disk(folder, half, name):
     before = {path: path.read_bytes() for path in (half / "last").iterdir()}
     (half / "best_model_512.pth").unlink() if name.startswith("best") else None
     refuse_writing(half / name)
-    with pytest.raises(OutputError, match=f"^{half}.* cannot be written: No space left on device; make room there or choose another place.$"):
+    with pytest.raises(OutputError, match=f"^{half}.* cannot be written: No space left on device; put that right or choose another place.$"):
         train(folder / "data", half, FIRST)
     assert not list(half.rglob(".*"))
     if name in ("config.json", "last/state.pt"):
@@ -512,7 +512,7 @@ def test_a_disk_that_fills_up_while_the_state_is_written(folder, half, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rsna_seg ")]
-    full = "cannot be written: File too large; make room there or choose another place."
+    full = "cannot be written: File too large; put that right or choose another place."
     assert end.value.code == 2 and said == [f"rsna_seg train: {half / 'last' / 'state.pt'} {full}"]
     assert before == {path: path.read_bytes() for path in (half / "last").iterdir()}
     goes_on(folder, half)

@@ -136,7 +136,7 @@ def test_colab_goes_on_after_a_full_drive_and_after_any_disconnect(kaggle, wheel
     notebook.cells.insert(len(notebook.cells) - 1, new_code_cell(FULL))
     fine, printed = run(notebook, tmp_path / "one", **given)
     state = tmp_path / "one" / "content" / "drive" / "MyDrive" / "rsna_seg" / "first" / "last" / "state.pt"
-    full = f"OutputError: {state} cannot be written: No space left on device; make room there or choose another place."
+    full = f"OutputError: {state} cannot be written: No space left on device; put that right or choose another place."
     assert not fine and "no GPU" in printed and printed.endswith(f">>\n{full}\n"), printed
     assert sorted(path.name for path in (drive / "rsna_seg" / "first" / "last").iterdir()) == ["state.pt"]
     shutil.rmtree(tmp_path / "one")
