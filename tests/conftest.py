@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from browser import chromium
 
-FIRST = ("test_demo.py", "test_real_ct.py")  # they hold the longest tests; one trains the example
+FIRST = ("test_real_ct.py", "test_evaluate.py", "test_demo.py")  # they hold the longest tests
+LAST = "test_notebooks.py"
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -28,21 +29,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """For `--dist loadgroup`: a file's tests stay in one process, for the sake of its fixtures.
 
-    Long files come first, and those that use the example when it is there. Notebooks, each a process
-    of its own, fill the gaps at the end.
+    Long files come first. Notebooks, each a process of its own, fill the gaps at the end.
     """
-    late = {item.path.name for item in items if "example" in item.fixturenames}
     for item in items:
-        if item.path.name != "test_notebooks.py":
+        if item.path.name != LAST:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-    def turn(item):
-        name = item.path.name
-        if name in FIRST:
-            return FIRST.index(name)
-        return len(FIRST) + (2 if name == "test_notebooks.py" else name in late)
-
-    items.sort(key=turn)
+    names = [*FIRST, "", LAST]
+    items.sort(key=lambda item: names.index(item.path.name if item.path.name in names else ""))
 
 
 @pytest.fixture(scope="session")
