@@ -1,13 +1,13 @@
 "What the tests share: the words of their command line, one trained network, real CT, a browser."
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from browser import chromium
 
-FIRST = ("test_real_ct.py", "test_evaluate.py", "test_demo.py")  # they hold the longest tests
-LAST = "test_notebooks.py"
+FIRST = ("test_demo.py", "test_real_ct.py")  # they hold the longest tests; one trains the example
 REAL_CT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -16,7 +16,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; left out, unless asked for with -m")
     config.option.markexpr = config.option.markexpr or "not slow"
     if not config.option.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks, in child processes too
@@ -29,13 +28,21 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """For `--dist loadgroup`: a file's tests stay in one process, for the sake of its fixtures.
 
-    Long files come first. Notebooks, each a process of its own, fill the gaps at the end.
+    Long files come first, and those that use the example when it is there. Notebooks, each a process
+    of its own, fill the gaps at the end.
     """
+    late = {item.path.name for item in items if "example" in item.fixturenames}
     for item in items:
-        if item.path.name != LAST:
+        if item.path.name != "test_notebooks.py":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    names = [*FIRST, "", LAST]
-    items.sort(key=lambda item: names.index(item.path.name if item.path.name in names else ""))
+
+    def turn(item):
+        name = item.path.name
+        if name in FIRST:
+            return FIRST.index(name)
+        return len(FIRST) + (2 if name == "test_notebooks.py" else name in late)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +67,16 @@ def no_network(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    "What tests and their child processes leave in the system's temporary folder goes with the tests' own."
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("tmp")
+    patch.setenv("TMPDIR", str(folder))
+    patch.setattr(tempfile, "tempdir", str(folder))
     yield
     patch.undo()
 

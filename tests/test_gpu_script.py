@@ -72,7 +72,8 @@ def test_a_part_that_fails_does_not_end_the_others(gpu, work, data, capsys):
 def test_plan_and_several(gpu, work, data):
     assert values(gpu.check_plan(work, data))["planned, slices/s"] > 0
     found = gpu.check_several(work, data)
-    assert len(found) == 3 and "two against one" in found[0].name and all(finding.fine for finding in found), found
+    wrong = "\n".join(str(finding) for finding in found if not finding.fine)
+    assert len(found) == 3 and "two against one" in found[0].name and not wrong, wrong
 
 
 def test_only_the_parts_that_are_asked_for(gpu, monkeypatch, capsys):

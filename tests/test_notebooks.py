@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,8 +21,9 @@ NOTEBOOKS = sorted(
 )  # fmt: skip
 
 
-def _run(notebook, top, log):
+def _run(notebook, top, log, folder):
     "In the process: the notebook, with all that it and its own processes print in the file."
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -40,11 +42,12 @@ def _run(notebook, top, log):
 
 def run(notebook, top, log):
     "Exit code, and what was printed: on failure notebook, cell (from 1) and line."
-    process = SERVER.Process(target=_run, args=(notebook, top, log))
-    process.start()
-    process.join(600)
-    process.kill()
-    process.join()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = SERVER.Process(target=_run, args=(notebook, top, log, folder))
+        process.start()
+        process.join(600)
+        process.kill()
+        process.join()
     return process.exitcode, log.read_text()
 
 
