@@ -93,7 +93,7 @@ class Settings:
 
     def __repr__(self):
         usual = vars(type(self)())
-        changed = (f"{name}={value!r}" for name, value in vars(self).items() if value != usual[name])
+        changed = (f"{k}={v!r}" for k, v in vars(self).items() if v != usual[k])
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _repr_html_(self):
