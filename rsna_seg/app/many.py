@@ -47,11 +47,10 @@ class Job:
 
     def fingerprint(self):
         "Changes with the weights and with the settings that change the files."
-        weights = [file_sha256(path) for path in self.checkpoints]
         config = [self.config.engine, self.config.crop, repr(self.config.postprocess)]
         config += ["anonymous"] * self.config.anonymous
         config += self.config.window_of_png or ()
-        parts = [weights, config, sorted(self.outputs), self.probabilities]
+        parts = [[*map(file_sha256, self.checkpoints)], config, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/app/03_many.ipynb #71fd3cf3

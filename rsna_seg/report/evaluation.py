@@ -151,7 +151,7 @@ def volume_agreement(
         limits = f"±{spread:.0f}" if len(rows) > 2 else "too few for limits"
         for sign in (-1, 1) if len(rows) > 2 else ():
             ax.axhline(bias + sign * spread, color="black", linewidth=1, linestyle="--")
-        tidy(ax, title=f"{o.name}\n{bias:+.0f} ml, {limits}")
+        tidy(ax, title=f"{o.name}\n{round(bias):+d} ml, {limits}")
     fig.supylabel("predicted minus true, ml", fontsize=10)
     fig.supxlabel("mean of predicted and true volume, ml", fontsize=10)
     return fig
