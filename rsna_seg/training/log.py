@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..files import ConfigError, writing
+from ..files import ConfigError
 
 # %% ../../nbs/training/02_log.ipynb #6623d3e2
 def epoch_line(history: list[dict], epochs: int) -> str:  # rows of history.csv; epochs of the run
@@ -32,11 +32,14 @@ def epoch_line(history: list[dict], epochs: int) -> str:  # rows of history.csv;
 
 # %% ../../nbs/training/02_log.ipynb #420e50cb
 def say(out: Path, line: str):  # out: the run's folder
-    "Prints the line, above a bar if there is one, and adds it with the time to train.log."
+    "Prints the line, above any bar, and adds it with the time to train.log if it can."
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line)
-        with writing(out), open(out / "train.log", "a", encoding="utf-8") as log:
-            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+        try:
+            with open(out / "train.log", "a", encoding="utf-8") as log:
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+        except OSError as error:
+            tqdm.write(f"{out / 'train.log'} lacks this line: {error.strerror or error}.")
 
 # %% ../../nbs/training/02_log.ipynb #2ea3107b
 @dataclass(frozen=True)
