@@ -15,7 +15,7 @@ import numpy as np
 
 from .ct.abdomen import TISSUES
 from .ct.organs import CLASSES, PAIRS, mirrored
-from .files import ConfigError
+from .files import ConfigError, Settings
 
 # %% ../nbs/01_augment.ipynb #71ae978b
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network at import
@@ -25,8 +25,8 @@ import albumentations as A
 import cv2
 
 # %% ../nbs/01_augment.ipynb #0298f5f5
-@dataclass(frozen=True)
-class AugmentConfig:
+@dataclass(frozen=True, repr=False)
+class AugmentConfig(Settings):
     "Probability of each transform, 0..1, how far it goes, and what a flip does to the sides."
     horizontal_flip: float = 0.5  # left and right exchanged in the image
     vertical_flip: float = 0.5  # front and back exchanged in the image

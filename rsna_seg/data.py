@@ -88,7 +88,7 @@ def add_split(
     )
 
 # %% ../nbs/00_data.ipynb #22d65bb6
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrepareConfig(SourceConfig):
     "How a source becomes a dataset folder."
     size: int = 512  # pixels along both sides of the PNG files

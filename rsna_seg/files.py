@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'RsnaSegError', 'ScanError', 'DataError', 'ConfigError', 'TrainingError', 'OutputError', 'writing',
-           'check_folder', 'cache_folder']
+           'check_folder', 'Settings', 'cache_folder']
 
 # %% ../nbs/files.ipynb #f31c2deb
 import os
+import re
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from html import escape
+from inspect import getsource
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -83,6 +86,26 @@ def check_folder(
     if foreign and not any(any(out.glob(pattern)) for pattern in own):
         what = f"{out} holds files, and none that this command writes there"
         raise OutputError(f"{what}; choose a new folder, such as {out / 'rsna_seg'}.")
+
+# %% ../nbs/files.ipynb #08f73436
+class Settings:
+    "What dataclasses of settings share: they show what differs from the defaults."
+
+    def __repr__(self):
+        usual = vars(type(self)())
+        changed = (f"{k}={v!r}" for k, v in vars(self).items() if v != usual[k])
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def _repr_html_(self):
+        usual, meaning, rows = vars(type(self)()), {}, ""
+        for kind in type(self).__mro__[-3::-1]:
+            with suppress(OSError, TypeError):  # a class of a notebook has no file
+                meaning |= re.findall(r"^    (\w+): .*  # (.+)$", getsource(kind), re.MULTILINE)
+        for name, value in vars(self).items():
+            cells = [name, escape(repr(value)), escape(meaning.get(name, ""))]
+            tag = "td" if value == usual[name] else "th"
+            rows += "<tr>" + "".join(f'<{tag} style="text-align: left">{cell}' for cell in cells)
+        return f"<table>{rows}</table>"
 
 # %% ../nbs/files.ipynb #5e11750f
 def cache_folder() -> Path:

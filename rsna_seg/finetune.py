@@ -19,7 +19,7 @@ from .model import Card, file_sha256, load_checkpoint
 from .train import FitConfig, Run, fit, open_for_training
 
 # %% ../nbs/04_finetune.ipynb #2c982203
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinetuneConfig(FitConfig):
     "Settings of the fine-tuning."
     batch_size: int = 64  # slices that go through the network at once

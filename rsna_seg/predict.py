@@ -37,7 +37,7 @@ from .engines.engines import ENGINES, make_engine, pick_engine
 from rsna_seg.engines.slices import (
     box_on_square, classes_on_scan, mean_logits, on_scan, squares_of,
 )  # fmt: skip
-from .files import ConfigError, OutputError, whole_file, writing
+from .files import ConfigError, OutputError, Settings, whole_file, writing
 from .model import Card, load_checkpoint
 
 # %% ../nbs/06_predict.ipynb #237d0215
@@ -136,8 +136,8 @@ def result_html(result: Segmentation) -> Markup:
     return Markup(f"{image}{{}}<ul>{{}}</ul>").format(picture, rows, items)
 
 # %% ../nbs/06_predict.ipynb #eefd6add
-@dataclass(frozen=True)
-class PredictConfig:
+@dataclass(frozen=True, repr=False)
+class PredictConfig(Settings):
     "How scans are segmented."
     engine: Literal[("auto", *ENGINES)] = "auto"  # auto: the fastest here, measured once
     device: str | None = None  # cuda, cuda:1, cpu ...; the GPU if there is one

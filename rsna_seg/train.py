@@ -32,7 +32,7 @@ from .ct.sets import open_sets
 from .ct.store import SliceData
 from .data import SliceDataset, cores, make_loader
 from .engines.engines import idle_gpu
-from .files import ConfigError, DataError, TrainingError, whole_file, writing
+from .files import ConfigError, DataError, Settings, TrainingError, whole_file, writing
 from .model import Card, SegLoss, build_model, file_sha256, save_checkpoint
 from .scoring.metrics import dice, mean_organs, pixel_accuracy
 from .training.log import Run, check_begun, epoch_line, open_run, say
@@ -46,8 +46,8 @@ from rsna_seg.training.plan import (
 )  # fmt: skip
 
 # %% ../nbs/03_train.ipynb #870bc46d
-@dataclass(frozen=True)
-class FitConfig:
+@dataclass(frozen=True, repr=False)
+class FitConfig(Settings):
     "Settings of a training run."
     size: int = 512  # pixels along both sides; slices of another size are scaled
     batch_size: int = 32  # slices that go through the network at once
@@ -105,7 +105,7 @@ class FitConfig:
         return self.batch_size * self.accumulation
 
 # %% ../nbs/03_train.ipynb #dac3b397
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainConfig(FitConfig):
     "Settings of the first training."
     preset: Literal["first", "base"] = "first"  # best_model_512.pth; Kaggle: best_mobilenet.pth

@@ -14,11 +14,11 @@ import pandas as pd
 from .measure import box_ml, organ_boxes, pieces, wrong_sides
 from ..ct.organs import ORGANS, PAIRS
 from ..ct.scan import Scan
-from ..files import ConfigError
+from ..files import ConfigError, Settings
 
 # %% ../../nbs/anatomy/02_repair.ipynb #10eb3217
-@dataclass(frozen=True)
-class PostprocessConfig:
+@dataclass(frozen=True, repr=False)
+class PostprocessConfig(Settings):
     "What is done to a mask after the network, in this order; nothing unless asked for."
     sides: bool = False  # name kidneys after the side of the spine on which they lie
     largest: bool = False  # of liver, spleen and each kidney keep the largest piece alone

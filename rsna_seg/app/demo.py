@@ -27,7 +27,7 @@ from ..ct.organs import ORGANS
 from ..ct.phantom import write_kaggle
 from ..data import PrepareConfig, prepare
 from ..evaluate import evaluate
-from ..files import ConfigError, DataError, cache_folder, whole_file
+from ..files import ConfigError, DataError, Settings, cache_folder, whole_file
 from ..finetune import FinetuneConfig, finetune
 from ..predict import Predictor, save_segmentation
 from ..report.evaluation import write_evaluation
@@ -37,8 +37,8 @@ from ..scoring.metrics import volume_dice
 from ..train import TrainConfig, train
 
 # %% ../../nbs/app/02_demo.ipynb #6eaf6487
-@dataclass(frozen=True)
-class DemoConfig:
+@dataclass(frozen=True, repr=False)
+class DemoConfig(Settings):
     "Size of the demonstration; the defaults take a few minutes on two cores."
     out: Path = Path("rsna_seg_demo")  # a new folder for everything it writes
     patients: int = 12  # to train and validate on

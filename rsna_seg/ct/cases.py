@@ -23,7 +23,7 @@ from .nifti import nifti_format, read_mask, read_organ_masks
 from .organs import ALL_ORGANS, ORGAN, ORGANS
 from .png import mask_labels
 from .series import ct_series, dicom_series
-from ..files import DataError, RsnaSegError
+from ..files import DataError, RsnaSegError, Settings
 
 # %% ../../nbs/ct/08_cases.ipynb #b64cdd6e
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Source:
         return f"{self.kind}: {len(self.cases)} series of {patients} patients, labelled {shown}"
 
 # %% ../../nbs/ct/08_cases.ipynb #71fbb0a9
-@dataclass(frozen=True)
-class SourceConfig:
+@dataclass(frozen=True, repr=False)
+class SourceConfig(Settings):
     "What a source cannot say about itself."
     labels: str = ""  # what mask values mean: rsna, amos, btcv, ..., a JSON file; as found if empty
     encoding: str = "raw"  # of PNG masks: raw, x40, x51, palette, rgb or a JSON file of colours

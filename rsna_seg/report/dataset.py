@@ -125,15 +125,12 @@ def window_figure(quality: Quality):
 def balance_table(quality: Quality) -> pd.DataFrame:
     "Pixels and slices of each class over the slices with a mask; NaN for what is not labelled."
     manifest, info = quality.data.manifest, quality.data.info
-    masked = manifest[manifest["mask"].notna()]
-    labelled = [o for o in ORGANS if o.key in info["labelled"]]
-    counts = masked[[o.key for o in labelled]]
-    total = len(masked) * info["size"] ** 2
-    pixels = np.array([total - counts.sum().sum(), *counts.sum()], int)
-    slices = np.array([len(masked), *(counts > 0).sum()])
-    table = pd.DataFrame({"pixels": pixels, "% of pixels": 100 * pixels / max(total, 1)})
-    table["slices"], table["% of slices"] = slices, 100 * slices / max(len(masked), 1)
-    table.index = pd.Index([o.name for o in (CLASSES[0], *labelled)], name="class")
+    names = {o.key: o.name for o in ORGANS if o.key in info["labelled"]}
+    counts = manifest.loc[manifest["mask"].notna(), list(names)].rename(columns=names)
+    counts.insert(0, CLASSES[0].name, info["size"] ** 2 - counts.sum(axis=1))
+    pixels, slices = counts.sum(), (counts > 0).sum()
+    table = pd.DataFrame({"pixels": pixels, "% of pixels": 100 * pixels / max(pixels.sum(), 1)})
+    table["slices"], table["% of slices"] = slices, 100 * slices / max(len(counts), 1)
     table = table.astype({"pixels": "Int64", "slices": "Int64"})
     return table.reindex(pd.Index([o.name for o in CLASSES], name="class"))
 

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'FILTERS', 'TEMPLATES', 'Section', 'format_value', 'table_rows', 'column_headings', 'sort_value',
-           'image_tag', 'with_anchors', 'render_report', 'write_report']
+           'image_tag', 'render_report', 'write_report']
 
 # %% ../../nbs/report/01_page.ipynb #df0685f2
 import base64
 import io
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -124,28 +123,6 @@ def image_tag(
     tag = '<img src="{}" alt="{}" width="{}" height="{}" loading="lazy" decoding="async">'
     return Markup(tag).format(source, alt, round(width / 2), round(height / 2))
 
-# %% ../../nbs/report/01_page.ipynb #bf6a59bf
-def _with_parts(sections: list[Section]):
-    "Every section, each followed by its parts and theirs."
-    for section in sections:
-        yield section
-        yield from _with_parts(section.parts)
-
-
-def with_anchors(
-    sections: list[Section],  # of one page
-) -> list[Section]:
-    "The same, none without an anchor; raises `ValueError` for links that cannot work."
-    sections = [replace(s, anchor=s.anchor or f"section-{n}") for n, s in enumerate(sections, 1)]
-    parts = list(_with_parts(sections))
-    anchors = Counter(["content", "left-out", *(p.anchor for p in parts if p.anchor)])
-    if repeated := sorted(anchor for anchor, count in anchors.items() if count > 1):
-        raise ValueError(f"more than one section has the address {', '.join(repeated)}")
-    targets = {target for p in parts for target in p.links.values()}
-    if lost := sorted(targets - set(anchors)):
-        raise ValueError(f"no section has the address {', '.join(lost)}")
-    return sections
-
 # %% ../../nbs/report/01_page.ipynb #15ebe1dd
 FILTERS = (format_value, sort_value, column_headings, table_rows, png_bytes, image_tag)
 TEMPLATES = Environment(
@@ -164,10 +141,10 @@ def render_report(
     heading: str = "Left out",  # of the warnings
     extra: str = "",  # name of the .css and .js files that the sections' `html` needs
 ) -> str:  # of an HTML file
-    "The report as one page that needs no other file; raises `ValueError` as `with_anchors` does."
+    "The report as one page that needs no other file."
     return TEMPLATES.get_template("page.html").render(
-        title=title, summary=summary, sections=with_anchors(sections), warnings=warnings,
-        heading=heading, extra=extra,
+        title=title, summary=summary, sections=sections, warnings=warnings, heading=heading,
+        extra=extra,
     )  # fmt: skip
 
 
