@@ -73,10 +73,8 @@ def open_run(folder: str | Path) -> Run:
     "What stands in a run's folder; raises `ConfigError` if no epoch of a run does."
     folder = Path(folder)
     if not (folder / "history.csv").exists():
-        raise ConfigError(
-            f"{folder} holds no training run with an epoch to show; begin one with:"
-            f" rsna_seg train DATA {folder}"
-        )
+        how = f"begin one with: rsna_seg train DATA {folder}"
+        raise ConfigError(f"{folder} holds no training run with an epoch to show; {how}")
     checkpoint = json.loads((folder / "config.json").read_text())["checkpoint"]
     return Run(folder, folder / checkpoint, pd.read_csv(folder / "history.csv"))
 
