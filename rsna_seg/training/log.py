@@ -80,9 +80,8 @@ def open_run(folder: str | Path) -> Run:
 
 # %% ../../nbs/training/02_log.ipynb #b863e162
 _FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these give the same weights
-_DEFAULT = {  # settings that another version does not know
-    "balance": False, "weights": [], "phantoms": 0, "phantoms_alone": 0.0,
-}  # fmt: skip
+# of settings that another version does not know
+_DEFAULT = {"balance": False, "weights": [], "phantoms": 0, "phantoms_alone": 0.0}
 
 
 def check_begun(
@@ -96,12 +95,9 @@ def check_begun(
         before = {**_DEFAULT, **json.loads(path.read_text())}
         before["augment"] = {**usual["augment"], **before["augment"]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} of the run to resume cannot be read ({error}); choose another folder."
-        ) from error
+        what = f"{path} of the run to resume cannot be read ({error})"
+        raise ConfigError(f"{what}; choose another folder.") from error
     for key, value in {**_DEFAULT, **settings}.items():
         if key not in _FREE and before.get(key) != value:
-            raise ConfigError(
-                f"{out} holds a run with {key} = {before.get(key)!r}, not {value!r}:"
-                " go on with the same settings or choose another folder."
-            )
+            what = f"{out} holds a run with {key} = {before.get(key)!r}, not {value!r}"
+            raise ConfigError(f"{what}: go on with the same settings or choose another folder.")
