@@ -40,6 +40,7 @@ RECIPES = {
     "recipe, small batches, no flips": replace(
         USERS, batch_size=CT.batch_size, accumulation=1, augment=AugmentConfig(sides="off")
     ),
+    "demo": replace(USERS, batch_size=16, accumulation=1, lr=3e-3, augment=AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate_limit=15)),
     "ct": CT,
     "ct without phantoms": replace(CT, phantoms=0),
     "ct with flips": ct(sides="keep"),

@@ -10,7 +10,7 @@ __all__ = ['balanced_draw', 'check_patients', 'add_split', 'PrepareConfig', 'pre
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -101,12 +101,13 @@ class PrepareConfig(SourceConfig):
     jobs: int = -1  # processes; -1 is one for each core
 
     def __post_init__(self):
-        positive = min(self.size, self.width, self.folds) > 0 and self.jobs != 0
-        if not positive or not 0 <= self.valid < 1 or self.seed < 0:
-            raise DataError(
-                f"{self} cannot be: size, width and folds are positive, valid is at least 0 and"
-                " below 1, seed is not negative, jobs is not 0."
-            )
+        limits = {
+            "size, width and folds are positive": min(self.size, self.width, self.folds) > 0,
+            "valid is at least 0 and below 1": 0 <= self.valid < 1,
+            "seed is not negative and jobs not 0": self.seed >= 0 and self.jobs != 0,
+        }
+        if wrong := [limit for limit, holds in limits.items() if not holds]:
+            raise DataError(f"A setting is beyond its range: {wrong[0]}.")
 
 # %% ../nbs/00_data.ipynb #1a54e448
 def _settings(source, mask, config):
@@ -146,6 +147,7 @@ def prepare(
     mask: str | Path | None = None,  # the scan's mask, or the folder of masks if it lies elsewhere
     config: PrepareConfig = PrepareConfig(),
     verify: bool = False,  # compare a finished folder with its checksums, and repair it
+    watch: Callable = str,  # is given the recognised `Source` before its cases are written
 ) -> SliceData:
     "Makes the dataset folder, or finishes or repairs one; raises `DataError` or `OutputError`."
     source, dest = Path(source), Path(dest).resolve()
@@ -156,6 +158,7 @@ def prepare(
                 return open_data(dest)
     try:
         recognised = _look_at(source, mask, config, store)
+        watch(recognised)
         store.begin()
         skipped, zipped = put_all(store, recognised, config.jobs), str(store.folder / "unpacked")
         skipped = [[text.replace(zipped, str(source)) for text in row] for row in skipped]
@@ -255,15 +258,22 @@ class StepSampler(Sampler):
             return np.arange(self.slices)
         rng, drawn = np.random.default_rng([self.seed, self.epoch]), []
         turns = rng.permutation(self.slices)
-        sizes = np.bincount(self.sets, minlength=len(self.weights))
-        weights = np.where(sizes > 0, self.weights if len(self.weights) else np.sqrt(sizes), 0)
-        weights[:-1] *= self.epoch >= self.alone
-        ends = np.rint(self.slices * np.cumsum(weights) / weights.sum()).astype(int)
-        for number, count in enumerate(np.diff(ends, prepend=0)):
+        for number, count in enumerate(self.turns_of_sets()):
             members = rng.permutation(np.flatnonzero(self.sets == number))
-            again = np.arange(count) // max(1, len(members))  # a turn of another epoch, in effect
-            drawn.append(np.sort(np.resize(members, count) + self.slices * 2**32 * again))
+            rounds = np.arange(count) // max(1, len(members))  # 0 in a slice's first turn, then 1
+            far = rounds * 2**32 * self.slices  # as if of an epoch far off
+            drawn.append(np.sort(np.resize(members, count) + far))
         return np.concatenate(drawn)[turns]
+
+    def turns_of_sets(self):  # (sets,)
+        "How many of the epoch's turns each set gets, by its weight; one without slices gets none."
+        sizes = np.bincount(self.sets, minlength=len(self.weights))
+        weights = np.array(self.weights, float) if len(self.weights) else np.sqrt(sizes)
+        weights[sizes == 0] = 0
+        if self.epoch < self.alone:
+            weights[:-1] = 0
+        ends = np.rint(self.slices * np.cumsum(weights) / weights.sum())
+        return np.diff(ends, prepend=0).astype(int)
 
     def known(self, keys):  # bool, (keys, class), or None if all masks show the same
         "Which classes the masks of these slices tell apart."
@@ -309,10 +319,7 @@ def make_loader(
     workers = min(workers, cores())
     order |= {name: getattr(dataset, name, None) for name in ("sets", "classes")}
     return DataLoader(
-        dataset,
-        batch_sampler=StepSampler(len(dataset), batch_size, **order),
-        num_workers=workers,
+        dataset, batch_sampler=StepSampler(len(dataset), batch_size, **order),
+        num_workers=workers, persistent_workers=workers > 0, worker_init_fn=quiet_worker,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        worker_init_fn=quiet_worker,
-    )
+    )  # fmt: skip

@@ -51,8 +51,6 @@ def finetune(
     if card.notes and os.environ.get("RANK", "0") == "0":
         print(*card.notes, sep="\n")
     if card.channels != config.channels:
-        raise ConfigError(
-            f"{checkpoint} takes --channels {card.channels}, not {config.channels};"
-            f" fine-tune it with --channels {card.channels}."
-        )
+        what = f"{checkpoint} takes --channels {card.channels}, not {config.channels}"
+        raise ConfigError(f"{what}; fine-tune it with --channels {card.channels}.")
     return fit(model, data, out, config, file_sha256(checkpoint), card.labelled, watch)

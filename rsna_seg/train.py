@@ -61,7 +61,7 @@ class FitConfig(Settings):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"  # GPU: fp16; CPU: bf16 if fast
     workers: int = 16  # loader processes, at most one for each core
     validate_on: Literal["valid", "train"] = "valid"  # train: overfits on purpose, as a test
-    fold: int | None = None  # validate on this fold, train on the others; None: the split
+    fold: int | None = None  # validate on this fold, train on the others; the split if none
     seed: int = 0  # of weights, order and augmentation
     save_minutes: float = 5.0  # between two states to resume from; every epoch ends with one
     max_hours: float | None = None  # the run then stops, and the same command goes on with it
@@ -214,21 +214,27 @@ def _row(tally, loop, data, sampler, valid_loss, valid_matrix):
     }  # fmt: skip
 
 
+def _seen_mm(data, size):
+    "Smallest and largest distance of slices, rows and columns at this size; [] if unknown."
+    rows = data.part("train")
+    zoom = rows.get("size", data.info["size"]) / size
+    mm = {"slice": rows.slice_mm, "row": rows.row_mm * zoom, "col": rows.col_mm * zoom}
+    return pd.DataFrame(mm).dropna().agg(["min", "max"]).dropna().round(4).values.tolist()
+
+
 def _keep(out, loop, data, config, history):
     "Writes history.csv, and the checkpoint if the latest epoch is the best so far."
     with writing(out), whole_file(out / "history.csv") as part:
         pd.DataFrame(history).to_csv(part, index=False)
     *before, row = history
     if all(row["valid_dice"] > other["valid_dice"] for other in before):
-        rows = data.part("train")
-        mm, scale = rows[["row_mm", "col_mm"]], rows.get("size", data.info["size"]) / config.size
-        mm = rows[["slice_mm"]].join(mm.mul(scale, axis=0)).dropna().agg(["min", "max"]).dropna()
+        level, width, sure, doubt = data.window
         card = Card(
-            config.size, *data.window[:3], channels=config.channels, sets=data.info.get("sets", []),
-            notes=[*filter(None, [data.window.note]), *data.info.get("joined", [])],
-            labelled=loop.taught, dataset=data.info["fingerprint"],
-            spacing=mm.round(4).values.tolist(), config=asdict(config),
+            size=config.size, level=level, width=width, window=sure, channels=config.channels,
+            labelled=loop.taught, config=asdict(config), dataset=data.info["fingerprint"],
+            sets=data.info.get("sets", []), spacing=_seen_mm(data, config.size),
             metrics=pd.Series(row).filter(like="valid_").dropna().to_dict(),
+            notes=[*filter(None, [doubt]), *data.info.get("joined", [])],
         )  # fmt: skip
         with writing(out):
             save_checkpoint(loop.judged, out / config.checkpoint, card)

@@ -270,7 +270,8 @@ def test_a_cut_file_is_named_and_the_others_go_on(volume, study, tmp_path, capsy
     assert "native/3.dcm is not whole" in told(study / "native") and "native/3.dcm is not whole" in told(study / "native", read_scan)
     table = list_series(study)
     assert sorted(table.slices) == [5, 6] and "native/3.dcm is not whole" in table.attrs["notes"][0]
-    Predict(tmp_path / "c.pth", study, tmp_path / "out", list_series=True).run()
+    Predict((study,), list_series=True).run()  # alone, or where the other words are given too
+    assert Predict(("c.pth", study, "out"), list_series=True).scan == study
     assert "native/3.dcm is not whole" in capsys.readouterr().out
     whole = table.series[table.slices == 6].iloc[0]
     np.testing.assert_array_equal(read_input(study, whole).hu, volume)

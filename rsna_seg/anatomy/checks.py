@@ -60,7 +60,7 @@ SENTENCES = {
     "cut_off": "The {name} reaches the edge of the scan ({edges}), so that its {ml:.0f} ml are"
     " those of a part; do not use them as the organ's volume.",
     "volume": "The {name} has {ml:.0f} ml, outside {low} to {high} ml, which is the widest that is"
-    " plausible in adults ({source}); look at its outline.",
+    " plausible in adults: {source}; look at its outline.",
     "piece_side": "{ml:.0f} ml called {name} lie on the other side of the spine; post-processing"
     " with sides renames them.",
     "incomplete": "The source says that an organ is cut off.",

@@ -7,6 +7,7 @@ __all__ = ['PostprocessConfig', 'postprocess']
 
 # %% ../../nbs/anatomy/02_repair.ipynb #61b182f6
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -28,17 +29,15 @@ class PostprocessConfig(Settings):
 
     def __post_init__(self):
         for name in ("largest_floor_ml", "min_piece_ml"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(
-                    f"{name} {getattr(self, name)} is not a volume; give millilitres from 0."
-                )
+            if not (ml := getattr(self, name)) >= 0:
+                raise ConfigError(f"{name} {ml} is not a volume; give millilitres from 0.")
 
 # %% ../../nbs/anatomy/02_repair.ipynb #96bc91c7
 def _change(organ, count=0, ml=0.0):
     return {"organ": organ.key, "pieces": int(count), "ml": float(ml)}
 
 
-def _sides(mask, scan, config):
+def _sides(mask, scan):
     "Renames organs on the wrong side; the changes are listed under the name that was wrong."
     changes = {o.key: _change(o) for pair in PAIRS for o in pair}
     for organ, partner, box, wrong in wrong_sides(mask, scan):
@@ -57,7 +56,7 @@ def _piece_ml(labels, count, slice_ml):
     return ml
 
 # %% ../../nbs/anatomy/02_repair.ipynb #5b5b8948
-def _drop_pieces(mask, scan, organs, floor, keep_largest):
+def _drop_pieces(mask, scan, organs, floor, keep_largest=False):
     "Removes the organs' pieces below a volume, but not the largest if that is to stay."
     boxes, changes = organ_boxes(mask), []
     for organ in organs:
@@ -74,16 +73,8 @@ def _drop_pieces(mask, scan, organs, floor, keep_largest):
     return changes
 
 
-def _largest(mask, scan, config):
-    solid = [o for o in ORGANS if o.solid]
-    return _drop_pieces(mask, scan, solid, config.largest_floor_ml, keep_largest=True)
-
-
-def _min_piece(mask, scan, config):
-    return _drop_pieces(mask, scan, ORGANS, config.min_piece_ml, keep_largest=False)
-
 # %% ../../nbs/anatomy/02_repair.ipynb #e7653938
-def _fill_holes(mask, scan, config):
+def _fill_holes(mask, scan):
     "Fills the holes of solid organs."
     import fill_voids
 
@@ -106,10 +97,13 @@ def postprocess(
     config: PostprocessConfig = PostprocessConfig(),
 ) -> tuple[np.ndarray, pd.DataFrame]:  # a new mask if a step is on; step, organ, pieces, ml
     "The mask after the steps that are on, and what each renamed, removed or filled, by organ."
+    solid, floor = [o for o in ORGANS if o.solid], config.largest_floor_ml
+    largest = partial(_drop_pieces, organs=solid, floor=floor, keep_largest=True)
+    min_piece = partial(_drop_pieces, organs=ORGANS, floor=config.min_piece_ml)
     steps = [("sides", _sides)] if config.sides else []
-    steps += [("largest", _largest)] if config.largest else []
-    steps += [("min_piece", _min_piece)] if config.min_piece_ml > 0 else []
+    steps += [("largest", largest)] if config.largest else []
+    steps += [("min_piece", min_piece)] if config.min_piece_ml > 0 else []
     steps += [("fill_holes", _fill_holes)] if config.fill_holes else []
     mask = np.array(mask, order="C") if steps else mask
-    rows = [{"step": name, **row} for name, step in steps for row in step(mask, scan, config)]
+    rows = [{"step": name, **row} for name, step in steps for row in step(mask, scan)]
     return mask, pd.DataFrame(rows, columns=["step", "organ", "pieces", "ml"])

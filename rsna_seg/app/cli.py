@@ -64,15 +64,10 @@ For research and teaching; not a medical device."""
 # %% ../../nbs/app/00_cli.ipynb #63c0fa44
 def _complain(name, sentence):
     "Prints the sentence; returns the exit code."
-    command = f"rsna_seg {name}".strip()
-    print(f"{command}: {sentence}", file=sys.stderr)
+    if sentence.startswith("Caught "):
+        sentence = sentence.splitlines()[-1].partition(": ")[2]
+    print(f"{f'rsna_seg {name}'.strip()}: {sentence}", file=sys.stderr)
     return 2
-
-# %% ../../nbs/app/00_cli.ipynb #aa9d0522
-def _sentence(error):
-    "The error's own text."
-    text = str(error)
-    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 # %% ../../nbs/app/00_cli.ipynb #ae91d6d5
 def _perform(name, arguments):
@@ -102,7 +97,7 @@ def _run(name, arguments):
     try:
         return _perform(name, arguments)
     except RsnaSegError as error:
-        return _complain(name, _sentence(error))
+        return _complain(name, str(error))
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

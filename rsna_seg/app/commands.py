@@ -24,7 +24,7 @@ from .cli import COMMANDS, EXAMPLES
 from .demo import DemoConfig, demo
 from .info import Info
 from .many import Job, predict_many
-from .words import Command, Folders, after_recipe, path_word as _path, read
+from .words import Command, Folders, path_word as _path, read
 from ..ct.cases import SourceConfig
 from ..ct.find import is_one_scan
 from ..ct.inputs import opened
@@ -49,7 +49,6 @@ from ..scoring.judge import set_scores
 from ..train import TrainConfig, open_run, plan_run, train, unlike_recipe
 
 # %% ../../nbs/app/01_commands.ipynb #b9974054
-_CONFIGS = {"train": TrainConfig, "finetune": FinetuneConfig}
 _Recipe = Literal["default", "ct"]
 
 # %% ../../nbs/app/01_commands.ipynb #7b03d308
@@ -57,16 +56,15 @@ def parse(
     name: str,  # of the command
     arguments: list,  # the words after it
 ):
-    "The command, ready to run; exits with 2 and a message for words that do not fit."
-    try:
-        ct = unlike_recipe(_CONFIGS[name].ct()) if name in _CONFIGS else {}
-        words = after_recipe(list(map(str, arguments)), {"ct": ct})
-        return read(globals()[name.capitalize()], words, f"rsna_seg {name}")
-    except SystemExit as end:
-        if not end.code:  # --help
-            examples = (f"  rsna_seg {name} {example}".rstrip() for example in EXAMPLES[name])
-            print("examples:", *examples, sep="\n")
-        raise
+    "The command, ready to run; raises `ConfigError` for words that do not fit."
+    words = list(map(str, arguments))
+    kind, about = globals()[name.capitalize()], (f"rsna_seg {name}", EXAMPLES[name])
+    command = read(kind, words, *about)
+    if getattr(command, "recipe", "") == "ct":
+        ct = unlike_recipe(type(command.config).ct())
+        words = [f"--{setting}={value}" for setting, (value, _) in ct.items()] + words
+        command = read(kind, words, *about)
+    return command
 
 # %% ../../nbs/app/01_commands.ipynb #2dec8722
 @dataclass(frozen=True)
@@ -101,11 +99,12 @@ class Prepare(Command):
     def run(self):
         check_folder(self.dest)
         print(f"looking through {self.source}")
-        data = prepare(self.source, self.dest, self.mask, self.config, self.verify)
+        told = partial(print, "read as")
+        data = prepare(self.source, self.dest, self.mask, self.config, self.verify, told)
         patients = data.manifest.groupby("split").patient.nunique().to_dict()
-        print(f"{self.source} is read as: {data.info['kind']}", *data.info["notes"], sep="\n")
-        print(f"{self.dest}: {len(data.manifest)} slices, patients by split {patients}")
-        print(f"labelled: {', '.join(data.info['labelled'])}")
+        slices = f"{self.dest}: {len(data.manifest)} slices, patients by split {patients}"
+        labelled = f"labelled: {', '.join(data.info['labelled'])}"
+        print(*data.info["notes"], slices, labelled, sep="\n")
         results = {key: data.info[key] for key in ("kind", "slices", "labelled", "notes")}
         return {**results, "patients": patients, "left_out": _left_out(data.skipped)}
 
@@ -235,7 +234,7 @@ class Evaluate(Folders):
     device: str | None = None  # cuda or cpu; the GPU if there is one
     # mm within which outlines agree, for NSD: 3, or liver=3 bowel=4; the organs' own if empty
     tolerance: tuple[str, ...] = ()
-    source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
+    source: OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)  # of scans
 
     def run(self):
         return _score(self, partial(evaluate, data=self.data))
@@ -313,21 +312,26 @@ def _predict_scans(command):
 
 # %% ../../nbs/app/01_commands.ipynb #5de880ff
 @dataclass(frozen=True)
-class Predict(Command):
+class Predict(Folders):
     "The organs of a scan, or of many, in files. An interrupted run of many goes on."
 
-    checkpoint: _path("CHECKPOINT")  # a .pth of this network
-    scan: _path("SCAN")  # DICOM folder, zip or file, NIfTI, PNG; a folder or CSV of scans
-    out: _path("OUT")  # the folder for the results; of many scans a folder each
+    # a .pth; DICOM folder, zip or file, NIfTI, PNG, or a folder or CSV of scans; results' folder
+    paths: _path("CHECKPOINT SCAN OUT", tuple[Path, ...])
     also: tuple[Path, ...] = ()  # more checkpoints, to be averaged with the first
     series: str | None = None  # of several: the UID, its beginning or end, or the number
-    list_series: bool = False  # only print the DICOM series of SCAN; the other two are not used
+    list_series: bool = False  # only print the DICOM series of SCAN, which may stand alone
     spacing: tuple[float, float, float] | None = None  # of PNG: mm along slice, row, column
     outputs: tuple[Literal[tuple(OUTPUTS)], ...] = USUAL_OUTPUTS  # what to write
     probabilities: bool = False  # write probabilities.h5 too: float16, a chunk a slice
     jobs: int = 1  # processes for many scans
     measure_again: bool = False  # which engine is the fastest, whatever was measured before
     config: OmitArgPrefixes[PredictConfig] = field(default_factory=PredictConfig)
+    checkpoint = property(lambda self: self.paths[0])
+    scan = property(lambda self: self.paths[-2:][0])  # also if it stands alone
+
+    def __post_init__(self):
+        if len(self.paths) != 3 and not (self.list_series and len(self.paths) == 1):
+            raise ValueError("give CHECKPOINT, SCAN and OUT, or SCAN alone with --list-series")
 
     def run(self):
         if self.list_series:

@@ -353,12 +353,9 @@ def _mask_source(folder, config):
 
 # %% ../../nbs/ct/08_cases.ipynb #73448529
 _SOURCES = {
-    PNG_PAIRS: _png_source,
-    NIFTI_PAIRS: _nifti_source,
-    NAMED: _named_source,
-    KAGGLE: _kaggle_source,
-    CASE_FOLDERS: _case_source,
-}
+    PNG_PAIRS: _png_source, NIFTI_PAIRS: _nifti_source, NAMED: _named_source,
+    KAGGLE: _kaggle_source, CASE_FOLDERS: _case_source,
+}  # fmt: skip
 
 # %% ../../nbs/ct/08_cases.ipynb #91cf90d4
 _MASKED = (

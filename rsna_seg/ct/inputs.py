@@ -306,10 +306,8 @@ def _csv_rows(path):
         name = folder_name(row.name or scan_name(scan))
         before = lines.setdefault(name.casefold(), row.Index)
         if before != row.Index:
-            raise DataError(
-                f"{path}, lines {before} and {row.Index}: both scans are named {name}; give each a"
-                " name of its own in the column name."
-            )
+            what = f"{path}, lines {before} and {row.Index}: both scans are named {name}"
+            raise DataError(f"{what}; give each a name of its own in the column name.")
         spacing = _spacing(row.spacing, where)
         rows.append({"name": name, "path": scan, "series": row.series, "spacing": spacing})
     if not rows:

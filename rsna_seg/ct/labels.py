@@ -116,10 +116,8 @@ def whole_numbers(values: np.ndarray, path: str | Path, start: tuple | None = No
     if broken.any():
         why = "it was probably resampled with interpolation; resample the original mask with"
         how = "write 0 for NaN" if np.isnan(values[broken][0]) else f"{why} nearest neighbour"
-        raise DataError(
-            f"{path} has the value {values[broken][0]:g} at {first_place(broken, start)}, one of"
-            f" {np.count_nonzero(broken)} that are no whole numbers: {how}."
-        )
+        what = f"{path} has the value {values[broken][0]:g} at {first_place(broken, start)}, one of"
+        raise DataError(f"{what} {np.count_nonzero(broken)} that are no whole numbers: {how}.")
     return np.rint(values).astype(np.int64)
 
 # %% ../../nbs/ct/02_labels.ipynb #2cdd6afe
@@ -245,15 +243,12 @@ _TOTAL = {  # its other hundred structures are background
 
 
 # %% ../../nbs/ct/02_labels.ipynb #16e23b66
+_LISTS = {"amos": _AMOS, "btcv": _BTCV, "flare22": _FLARE22}
+_OURS = {c.id: c.id for c in CLASSES}, {c.key: c.id for c in CLASSES}  # by number, by name
 PRESETS = {
-    "rsna": LabelMap(
-        "label map rsna", {c.id: c.id for c in CLASSES}, {c.key: c.id for c in CLASSES}
-    ),
+    "rsna": LabelMap("label map rsna", *_OURS),
     "totalsegmentator": replace(named_labels(_TOTAL, "label map totalsegmentator"), others=True),
-    **{
-        which: named_labels(dict(enumerate(names)), f"label map {which}")
-        for which, names in {"amos": _AMOS, "btcv": _BTCV, "flare22": _FLARE22}.items()
-    },
+    **{k: named_labels(dict(enumerate(names)), f"label map {k}") for k, names in _LISTS.items()},
 }
 
 # %% ../../nbs/ct/02_labels.ipynb #4d5cd6e7

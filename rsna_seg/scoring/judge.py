@@ -228,10 +228,8 @@ class _Case:
         if not self.z:
             raise DataError(f"Series {self.series} of patient {self.patient} has no slices.")
         if self.judge.roc and int(self.judge.roc.strays):
-            raise ConfigError(
-                "The network gives no probabilities but NaN: its weights have diverged;"
-                " take the checkpoint of an earlier epoch."
-            )
+            what = "its weights have diverged; take the checkpoint of an earlier epoch"
+            raise ConfigError(f"The network gives no probabilities but NaN: {what}.")
 
 # %% ../../nbs/scoring/02_judge.ipynb #eb4d9e37
 class Judge:

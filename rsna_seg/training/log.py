@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..files import ConfigError, writing
+from ..files import ConfigError
 
 # %% ../../nbs/training/02_log.ipynb #6623d3e2
 def epoch_line(history: list[dict], epochs: int) -> str:  # rows of history.csv; epochs of the run
@@ -32,11 +32,14 @@ def epoch_line(history: list[dict], epochs: int) -> str:  # rows of history.csv;
 
 # %% ../../nbs/training/02_log.ipynb #420e50cb
 def say(out: Path, line: str):  # out: the run's folder
-    "Prints the line, above a bar if there is one, and adds it with the time to train.log."
+    "Prints the line, above any bar, and adds it with the time to train.log if it can."
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line)
-        with writing(out), open(out / "train.log", "a", encoding="utf-8") as log:
-            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+        try:
+            with open(out / "train.log", "a", encoding="utf-8") as log:
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+        except OSError as error:
+            tqdm.write(f"{out / 'train.log'} lacks this line: {error.strerror or error}.")
 
 # %% ../../nbs/training/02_log.ipynb #2ea3107b
 @dataclass(frozen=True)
@@ -70,18 +73,15 @@ def open_run(folder: str | Path) -> Run:
     "What stands in a run's folder; raises `ConfigError` if no epoch of a run does."
     folder = Path(folder)
     if not (folder / "history.csv").exists():
-        raise ConfigError(
-            f"{folder} holds no training run with an epoch to show; begin one with:"
-            f" rsna_seg train DATA {folder}"
-        )
+        how = f"begin one with: rsna_seg train DATA {folder}"
+        raise ConfigError(f"{folder} holds no training run with an epoch to show; {how}")
     checkpoint = json.loads((folder / "config.json").read_text())["checkpoint"]
     return Run(folder, folder / checkpoint, pd.read_csv(folder / "history.csv"))
 
 # %% ../../nbs/training/02_log.ipynb #b863e162
 _FREE = ("workers", "save_minutes", "max_hours", "trackers")  # any of these give the same weights
-_DEFAULT = {  # settings that another version does not know
-    "balance": False, "weights": [], "phantoms": 0, "phantoms_alone": 0.0,
-}  # fmt: skip
+# of settings that another version does not know
+_DEFAULT = {"balance": False, "weights": [], "phantoms": 0, "phantoms_alone": 0.0}
 
 
 def check_begun(
@@ -95,12 +95,9 @@ def check_begun(
         before = {**_DEFAULT, **json.loads(path.read_text())}
         before["augment"] = {**usual["augment"], **before["augment"]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} of the run to resume cannot be read ({error}); choose another folder."
-        ) from error
+        what = f"{path} of the run to resume cannot be read ({error})"
+        raise ConfigError(f"{what}; choose another folder.") from error
     for key, value in {**_DEFAULT, **settings}.items():
         if key not in _FREE and before.get(key) != value:
-            raise ConfigError(
-                f"{out} holds a run with {key} = {before.get(key)!r}, not {value!r}:"
-                " go on with the same settings or choose another folder."
-            )
+            what = f"{out} holds a run with {key} = {before.get(key)!r}, not {value!r}"
+            raise ConfigError(f"{what}: go on with the same settings or choose another folder.")
