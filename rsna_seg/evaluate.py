@@ -65,10 +65,8 @@ def _models(checkpoint):
     runs = sorted(path.parent for path in checkpoint.glob("*/history.csv"))
     runs = [checkpoint] if (checkpoint / "history.csv").exists() else runs
     if not runs:
-        raise ConfigError(
-            f"{checkpoint} holds no training run;"
-            " give a .pth, a run's folder, or a folder of runs, one a fold."
-        )
+        what = "give a .pth, a run's folder, or a folder of runs, one a fold"
+        raise ConfigError(f"{checkpoint} holds no training run; {what}.")
     return [open_run(run).checkpoint for run in runs]
 
 # %% ../nbs/05_evaluate.ipynb #859e920c
@@ -77,10 +75,8 @@ def _check_folds(models, cards, sets):
     folds = [card.config.get("fold") for card in cards]
     for path, card, fold in zip(models, cards, folds):
         if fold is None or not all(_same_data(card, data) for data in sets):
-            raise ConfigError(
-                f"{path} was not trained on {sets[0].folder} with a --fold;"
-                " several runs are judged together only as a cross-validation."
-            )
+            what = "several runs are judged together only as a cross-validation"
+            raise ConfigError(f"{path} was not trained on {sets[0].folder} with a --fold; {what}.")
         if folds.count(fold) > 1:
             raise ConfigError(f"{path} is one of several runs with --fold {fold}; leave one.")
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'USUAL_OUTPUTS', 'plan_work', 'Segmentation', 'result_html', 'PredictConfig', 'shared_card', 'png_window',
-           'Predictor', 'Output', 'as_json', 'write_volumes', 'write_page', 'write_seg', 'write_rtstruct',
-           'write_masks', 'write_preview', 'check_outputs', 'save_segmentation']
+           'Predictor', 'Output', 'as_json', 'write_volumes', 'write_page', 'check_outputs', 'save_segmentation']
 
 # %% ../nbs/06_predict.ipynb #cae54588
 import base64
@@ -15,7 +14,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -305,41 +305,26 @@ def write_page(
         **options,
     )  # fmt: skip
 
-# %% ../nbs/06_predict.ipynb #5a239998
-def write_seg(result: Segmentation, path: Path):
-    "Writes a DICOM SEG."
-    from rsna_seg.ct.outputs import save_dicom_seg
-
-    save_dicom_seg(result.mask, result.scan, path, result.card.labelled, result.record)
-
-
-def write_rtstruct(result: Segmentation, path: Path):
-    "Writes an RT Structure Set."
-    from rsna_seg.ct.outputs import save_rtstruct
-
-    save_rtstruct(result.mask, result.scan, path, result.card.labelled, result.record)
-
-# %% ../nbs/06_predict.ipynb #3f6e793b
-def write_masks(result: Segmentation, path: Path):
-    "Writes a PNG for each slice."
-    from rsna_seg.ct.outputs import save_png_masks
-
-    save_png_masks(result.mask, result.scan, path)
-
-
-def write_preview(result: Segmentation, path: Path):
-    "Writes the picture."
-    from rsna_seg.report.plots import save_png
-
-    save_png(result.figure(), path, dpi=160)
-
 # %% ../nbs/06_predict.ipynb #4ef59879
+def _dicom(save, result, path):
+    later = import_module("rsna_seg.ct.outputs")
+    getattr(later, save)(result.mask, result.scan, path, result.card.labelled, result.record)
+
+
+def _png(result, path):
+    import_module("rsna_seg.ct.outputs").save_png_masks(result.mask, result.scan, path)
+
+
+def _preview(result, path):
+    import_module("rsna_seg.report.plots").save_png(result.figure(), path, dpi=160)
+
+
 OUTPUTS = {
     "nifti": Output("organs.nii.gz", lambda s, path: save_nifti(s.mask, s.scan, path)),
-    "seg": Output("organs.seg.dcm", write_seg, dicom=True),
-    "rtstruct": Output("organs.rtstruct.dcm", write_rtstruct, dicom=True),
-    "png": Output("masks", write_masks),
-    "preview": Output("preview.png", write_preview),
+    "seg": Output("organs.seg.dcm", partial(_dicom, "save_dicom_seg"), dicom=True),
+    "rtstruct": Output("organs.rtstruct.dcm", partial(_dicom, "save_rtstruct"), dicom=True),
+    "png": Output("masks", _png),
+    "preview": Output("preview.png", _preview),
     "report": Output("report.html", write_page),
     "volumes": Output("volumes.csv", write_volumes),
 }
