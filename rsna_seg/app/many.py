@@ -48,9 +48,9 @@ class Job:
     def fingerprint(self):
         "Changes with the weights and with the settings that change the files."
         config = [self.config.engine, self.config.crop, repr(self.config.postprocess)]
-        config += ["anonymous"] * self.config.anonymous
-        config += self.config.window_of_png or ()
-        parts = [[*map(file_sha256, self.checkpoints)], config, sorted(self.outputs), self.probabilities]
+        config += [*["anonymous"] * self.config.anonymous, *(self.config.window_of_png or ())]
+        weights = [file_sha256(path) for path in self.checkpoints]
+        parts = [weights, config, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/app/03_many.ipynb #71fd3cf3

@@ -48,14 +48,13 @@ def sides_figure(quality: Quality):
     up = organs.z_mm - organs.z_mm.groupby(keys).transform("mean")
     ringed = keys.isin(pd.MultiIndex.from_frame(suspects[["patient", "series"]]).unique()[:12])
     unit = "mm" if located.all() else "mm or slices" if located.any() else "slices"
-    across = "distance from the body's middle, in half widths"
     fig = Paper(11.5, 5.6)
     ax = fig.subplots()
     size = 36 if len(organs) < 300 else 16
     ax.scatter(organs.side, up, s=size, c=organs.organ.map(_COLORS), alpha=0.75, linewidths=0)
     _ring(ax, np.c_[organs.side, up][ringed], organs.patient[ringed])
     ax.axvline(0, color="#777777", linewidth=0.8, linestyle=":")
-    ax.set_xlabel(f"{across}: patient's right  ←  →  patient's left")
+    ax.set_xlabel("from the body's middle, in half widths: patient's right  ←  →  patient's left")
     ax.set_ylabel(f"height above the mean of the series, {unit}")
     if not up.any():  # one organ has no order
         ax.set_yticks([0])

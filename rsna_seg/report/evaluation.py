@@ -105,11 +105,10 @@ def organ_table(
     if result.volumes.predicted_ml.isna().all():  # the size of the pixels is unknown
         chosen = [key for key in chosen if METRICS[key].counts]
     table = pd.DataFrame({"patients": scores["dice"].n.reindex(keys)}, index=keys)
-    names = ["patients", *(METRICS[key].name for key in chosen)]
-    reasons = pd.DataFrame("no patient has a value", keys, names)
     for metric in (METRICS[key] for key in chosen):
         rows = scores[metric.key].loc[keys]
         table[metric.name] = [interval_text(row, metric.digits) for _, row in rows.iterrows()]
+    reasons = pd.DataFrame("no patient has a value", keys, table.columns)
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
     missed = (counted.present == 0) & (counted.missed > 0)
     reasons.loc[counted.index[missed]] = "missed in all volumes: no outline to measure from"
