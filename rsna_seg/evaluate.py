@@ -169,7 +169,7 @@ def _compare_windows(card, data, path):
     if _same_data(card, data) or card.window == data.window.sure == "known":
         return []
     ours, theirs = (card.level, card.width, card.window), data.window[:3]
-    what = "{} has the window {:g}/{:g} ({}) but {} was trained with {:g}/{:g} ({})"
+    what = "{} has the window {:g}/{:g} ({}), {} was trained with {:g}/{:g} ({})"
     what = what.format(data.folder, *theirs, path, *ours)
     return [f"{what}: if one is wrong, the scores say nothing."]
 

@@ -34,9 +34,7 @@ from .ct.nifti import save_nifti
 from .ct.organs import ORGANS
 from .ct.scan import Scan
 from .engines.engines import ENGINES, make_engine, pick_engine
-from rsna_seg.engines.slices import (
-    box_on_square, classes_on_scan, mean_logits, on_scan, squares_of,
-)  # fmt: skip
+from .engines.slices import box_on_square, classes_on_scan, mean_logits, on_scan, squares_of
 from .files import ConfigError, OutputError, Settings, whole_file, writing
 from .model import Card, load_checkpoint
 

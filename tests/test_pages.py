@@ -1,6 +1,7 @@
 "The pages of an evaluation, of a comparison and of a dataset, as a browser shows them from a disk."
 
 import re
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from rsna_seg.scoring.metrics import METRICS
 
 pytestmark = pytest.mark.slow
 SPACING, PATIENTS = Spacing(5.0, 5.0, np.full(12, 20.0)), 11  # as many rows have a search field
+NAMES = "the_first_of_two_networks", "a_refined_network"
 NOTES = ["PNGs: the window is assumed.", "the window is assumed."]
 
 
@@ -50,7 +52,7 @@ def pages(tmp_path_factory):
     write_kaggle(out / "kaggle", patients=4, size=64, slices=12)
     prepare(out / "kaggle", out / "data", config=PrepareConfig(size=64, jobs=1))
     made["dataset"] = write_quality(inspect_data(out / "data", jobs=1), out / "quality")
-    made["comparison"] = write_comparison(compare(out / "old", out / "new"), out / "both")
+    made["comparison"] = write_comparison(compare(out / "old", out / "new", NAMES), out / "both")
     return made
 
 
@@ -122,9 +124,26 @@ def test_from_the_worst_case_to_its_worst_slice(browser, pages):
 def test_largest_slices_on_demand(browser, pages):
     with opened(browser, pages["dataset"]) as (page, seen):
         part = page.locator("details").first
+        boxes = [page.locator("details").nth(k).bounding_box() for k in (0, 1)]
+        assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]  # side by side while closed
         picture = part.locator("img")
         assert not picture.is_visible()
         page.get_by_role("table", name="Every series").get_by_role("link").first.click()
         page.wait_for_function("i => i.complete && i.naturalWidth > 400", arg=picture.element_handle())
         assert picture.is_visible() and "Where each organ is largest: liver z " in part.inner_text()
         assert seen.problems == [] and seen.elsewhere == []
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_two_models_beside_the_viewer(browser, pages, width):
+    "Long names do not widen the page, and no text lies on another in the planes."
+    case = next((pages["comparison"].parent / "cases").glob("*.html"))
+    with opened(browser, case, viewport={"width": width, "height": 800}) as (page, seen):
+        page.locator(".viewer[data-ready]").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for plane in page.locator(".plane").all():
+            texts = [text.bounding_box() for text in plane.locator("span:visible").all()]
+            apart = lambda a, b: a["x"] + a["width"] <= b["x"] or a["y"] + a["height"] <= b["y"]
+            for a, b in combinations([t for t in texts if t["width"]], 2):
+                assert apart(a, b) or apart(b, a), (a, b)
+        assert faults(page) == [] and seen.problems == []

@@ -113,12 +113,13 @@ def test_damaged_files_are_found(copied):
 
 
 def test_a_patient_under_two_names_is_found(copied):
-    "By four slices that are the same and five that were saved as JPEG between; the page shows the pair."
+    "By four slices that are the same, three saved as JPEG and two in a narrower window; the page shows the pair."
     ones, others = (sorted((copied / "images").glob(f"{patient}_*.png"))[8:17] for patient in ("10002", "10003"))
     for k, (one, other) in enumerate(zip(ones, others)):
         grey = cv2.imread(str(one), cv2.IMREAD_UNCHANGED)
         worse = cv2.imdecode(cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], 0)
-        cv2.imwrite(str(other), grey if k < 4 else worse)
+        narrow = np.clip(2 * grey.astype(int) - 100, 0, 255).astype(np.uint8)
+        cv2.imwrite(str(other), grey if k < 4 else worse if k < 7 else narrow)
     quality = inspect_data(copied, jobs=1)
     (pair,) = quality.copies.itertuples(index=False, name=None)
     assert pair[0].startswith("10002 / ") and pair[1].startswith("10003 / ") and pair[2:4] == (4, 9)

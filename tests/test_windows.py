@@ -112,6 +112,7 @@ def test_prepare_says_what_it_believes(bodies, tmp_path):
     assert prepare(source, tmp_path / "unknown", config=LIVER).info == info
     small = prepare(source, tmp_path / "small", config=replace(LIVER, size=64))
     assert small.window == data.window  # of the source's pictures, not of the shrunk ones
+    assert judge_window(find_landmarks(small.grey_counts)) == small.window  # so the page shows what it says
     told = prepare(source, tmp_path / "told", config=replace(LIVER, window_of_png=(150, 1300)))
     assert told.window == (150, 1300, "known", "") and told.info["notes"] == []
     wrong = prepare(source, tmp_path / "wrong", config=replace(LIVER, window_of_png=(50, 400)))

@@ -47,10 +47,9 @@ class Job:
 
     def fingerprint(self):
         "Changes with the weights and with the settings that change the files."
-        weights = [file_sha256(path) for path in self.checkpoints]
         config = [self.config.engine, self.config.crop, repr(self.config.postprocess)]
-        config += ["anonymous"] * self.config.anonymous
-        config += self.config.window_of_png or ()
+        config += [*["anonymous"] * self.config.anonymous, *(self.config.window_of_png or ())]
+        weights = [file_sha256(path) for path in self.checkpoints]
         parts = [weights, config, sorted(self.outputs), self.probabilities]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -20,9 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.tag import Tag
-from pydicom.uid import (
-    CTImageStorage, ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid,
-)  # fmt: skip
+from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 from pydicom.valuerep import DA, TM
 from scipy import ndimage
 from scipy.spatial.distance import cdist

@@ -161,8 +161,9 @@ class SliceData:
 
     @cached_property
     def grey_counts(self):
-        "Pixels of each grey value in 200 slices or fewer, spread evenly, (256,)."
-        return png.grey_counts([self.folder / name for name in self.manifest["image"]])
+        "Pixels of each grey value in 200 slices or fewer, of PNG pairs as they were, (256,)."
+        own = [self.folder / name for name in self.manifest["image"]]
+        return np.array(self.info.get("grey_counts", "").split() or png.grey_counts(own), int)
 
     @property
     def window(self) -> png.Window:
@@ -334,8 +335,8 @@ def _write_tables(store, source, skipped, split):
     window, hidden = png.Window(store.settings["level"], store.settings["width"]), {}
     if source.kind == PNG_PAIRS:
         counts = png.grey_counts([image for case in source.cases for _, image, _ in case.pairs])
-        landmarks, given = png.find_landmarks(counts), store.settings.get("window_of_png")
-        window, hidden = png.judge_window(landmarks, given), {"level": None, "width": None}
+        hidden = {"level": None, "width": None, "grey_counts": " ".join(map(str, counts))}
+        window = png.judge_window(png.find_landmarks(counts), store.settings.get("window_of_png"))
     notes += [window.note] * bool(window.note)
     info = {
         "version": 2, **store.settings, **hidden, "window": window, "kind": source.kind,
@@ -363,8 +364,7 @@ def _keep_whole(dest, broken):
             about = f"Series {series} of patient {patient}: "
             lines = [f"{note}\n" for note in notes if note.startswith(about)]
             (dest / "parts" / f"{name}.txt").write_text("".join(lines))
-            rows = rows.drop(columns=["split", "fold"])
-            rows.to_csv(dest / "parts" / f"{name}.csv", index=False)
+            rows.drop(columns=["split", "fold"]).to_csv(dest / "parts" / f"{name}.csv", index=False)
 
 # %% ../../nbs/ct/10_store.ipynb #eca0b25a
 def is_finished(store: Store) -> bool:

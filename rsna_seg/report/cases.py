@@ -98,6 +98,7 @@ def write_case(
     patient, series = rows[["patient", "series"]].iloc[0]
     common, each = {"why": "", "warnings": [], "source": ""}, rows.to_dict("records")
     organs = [{**common, **shown, **row} for shown, row in zip(data["organs"], each)]
+    columns = [column for column in columns if rows[column[1]].notna().any()]
     z = data["start"][0]
     grey = cv2.imdecode(np.frombuffer(base64.b64decode(data["hu"][z]), np.uint8), 0)
     still = overlay(grey, _mask(data["labels"][z], grey.shape))

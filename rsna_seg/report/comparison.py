@@ -130,12 +130,11 @@ def write_comparison(
     "Writes metrics.json, per_volume.csv, per_slice.csv, the figures and report.html."
     out, (sources, ground), figures = Path(out), _sources(result), []
     known = [METRICS[key] for key, table in result.tables.items() if table.n.any()]
-    for metric in known:
-        if metric.first:
-            figure = differences_figure(result, metric.key)
-            save_png(figure, out / f"difference_{metric.key}.png", dpi=160)
-            caption = f"Each dot is a patient; the diamond is their mean. {BETTER[metric.better]}"
-            figures.append(Section(f"Differences, {metric.name}", figure=figure, caption=caption))
+    for metric in [metric for metric in known if metric.first]:
+        figure = differences_figure(result, metric.key)
+        save_png(figure, out / f"difference_{metric.key}.png", dpi=160)
+        caption = f"Each dot is a patient; the diamond is their mean. {BETTER[metric.better]}"
+        figures.append(Section(f"Differences, {metric.name}", figure=figure, caption=caption))
     numbers = {
         "schema": "rsna_seg.comparison", "version": SCHEMA, "a": sources[0], "b": sources[1],
         "left_out": result.left_out, "scores": result.tables,

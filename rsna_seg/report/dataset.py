@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ..anatomy.checks import ADVICE
 from ..anatomy.inspect import Quality, summarise
@@ -46,18 +46,18 @@ def sides_figure(quality: Quality):
     suspects = quality.suspects[quality.suspects.kind.isin(["sides", "order"])]
     keys = pd.MultiIndex.from_frame(organs[["patient", "series"]])
     up = organs.z_mm - organs.z_mm.groupby(keys).transform("mean")
-    look = pd.MultiIndex.from_frame(suspects[["patient", "series"]]).unique()[:12]
-    ringed = keys.isin(look)
+    ringed = keys.isin(pd.MultiIndex.from_frame(suspects[["patient", "series"]]).unique()[:12])
     unit = "mm" if located.all() else "mm or slices" if located.any() else "slices"
-    across = "distance from the body's middle, in half widths"
     fig = Paper(11.5, 5.6)
     ax = fig.subplots()
     size = 36 if len(organs) < 300 else 16
     ax.scatter(organs.side, up, s=size, c=organs.organ.map(_COLORS), alpha=0.75, linewidths=0)
     _ring(ax, np.c_[organs.side, up][ringed], organs.patient[ringed])
     ax.axvline(0, color="#777777", linewidth=0.8, linestyle=":")
-    ax.set_xlabel(f"{across}: patient's right  ←  →  patient's left")
+    ax.set_xlabel("from the body's middle, in half widths: patient's right  ←  →  patient's left")
     ax.set_ylabel(f"height above the mean of the series, {unit}")
+    if not up.any():  # one organ has no order
+        ax.set_yticks([0])
     ax.grid(alpha=0.25)
     organ_legend(fig, list(organs.organ.unique()))
     return fig
@@ -99,8 +99,11 @@ def spacing_figure(quality: Quality):
     fig = Paper(11.5, 2.8)
     axes = fig.subplots(1, panels.shape[1], squeeze=False)[0]
     for ax, (label, values) in zip(axes, panels.items()):
-        ax.hist(values.dropna(), bins=20, color="#4477AA")
+        low, high = values.min(), values.max()
+        ax.hist(values.dropna(), 20, (low, high + (low == high)), color="#4477AA")
         ax.set_xlabel(label)
+        for axis in (ax.yaxis, ax.xaxis)[: 1 + label.startswith("slices")]:
+            axis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("series")
     return fig
 
@@ -172,7 +175,8 @@ def contact_sheet(
     chosen = _chosen(quality, limit)
     slices = dict(list(quality.data.manifest.groupby(["patient", "series"])))
     lines = -(-len(chosen) // columns)
-    fig = Paper(1.92 * columns, 0.5 + 2.25 * lines)
+    columns = -(-len(chosen) // lines)
+    fig = Paper(max(6, 1.92 * columns), 0.5 + 2.25 * lines)
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for one, ax in zip(chosen.itertuples(), axes):
         ax.imshow(_picture(quality.data, _most_organs(slices[one.patient, one.series]), 160))
@@ -233,8 +237,8 @@ _VOLUMES = (
     " the spread of the other patients."
 )
 _COPIES = (
-    "Series of different patients that share pictures: the same to the pixel, or near, as after"
-    " JPEG or another size; of a series at most 50 slices are compared so. Look at both, give one"
+    "Series of different patients that share pictures: the same, or near, as after JPEG, in another"
+    " size or window, not mirrored; at most 50 slices a series are compared. Look at both, give one"
     " patient one name, or leave one out: in two splits a model is judged on what it was shown."
 )
 _SHEET = "Of each series the slice with the most organs; suspects come first, in red."
@@ -249,7 +253,7 @@ def _sections(quality):
     nothing = "Sides, order, fit of mask and image, volumes and files were checked."
     notes = quality.findings.drop(suspects.index)
     tables = [table.set_index("patient") for table in (suspects, notes, data.skipped)]
-    prepared = pd.DataFrame({"note": data.info.get("notes", [])}).rename(lambda i: i + 1)
+    prepared = [note for note in data.info.get("notes", []) if note != data.window.note]
     window = "Level {:g}, width {:g}, {}. {}".format(*data.window)
     source = f"The source ({data.info['kind']})" if data.info.get("kind") else "The source"
     copies = quality.copies.set_index("series") if len(quality.copies) else quality.copies
@@ -269,7 +273,7 @@ def _sections(quality):
                 balance_table(quality), digits=2, absent="not labelled by this source"),
         Section("Good to know", "No mistakes, but they explain odd numbers.", tables[1]),
         Section("Left out", "The source's series that could not be read.", tables[2]),
-        Section("Notes from preparing", table=prepared),
+        *[Section("Notes from preparing", notes=prepared)][: len(prepared)],
         _every_series(quality),
     ]
     return [s for s in sections if s.table is None or len(s.table)]

@@ -105,11 +105,10 @@ def organ_table(
     if result.volumes.predicted_ml.isna().all():  # the size of the pixels is unknown
         chosen = [key for key in chosen if METRICS[key].counts]
     table = pd.DataFrame({"patients": scores["dice"].n.reindex(keys)}, index=keys)
-    names = ["patients", *(METRICS[key].name for key in chosen)]
-    reasons = pd.DataFrame("no patient has a value", keys, names)
     for metric in (METRICS[key] for key in chosen):
         rows = scores[metric.key].loc[keys]
         table[metric.name] = [interval_text(row, metric.digits) for _, row in rows.iterrows()]
+    reasons = pd.DataFrame("no patient has a value", keys, table.columns)
     reasons.loc[counted.index[counted.absent == counted.sum(axis=1)]] = "absent in all volumes"
     missed = (counted.present == 0) & (counted.missed > 0)
     reasons.loc[counted.index[missed]] = "missed in all volumes: no outline to measure from"
@@ -151,7 +150,7 @@ def volume_agreement(
         limits = f"±{spread:.0f}" if len(rows) > 2 else "too few for limits"
         for sign in (-1, 1) if len(rows) > 2 else ():
             ax.axhline(bias + sign * spread, color="black", linewidth=1, linestyle="--")
-        tidy(ax, title=f"{o.name}\n{bias:+.0f} ml, {limits}")
+        tidy(ax, title=f"{o.name}\n{round(bias):+d} ml, {limits}")
     fig.supylabel("predicted minus true, ml", fontsize=10)
     fig.supxlabel("mean of predicted and true volume, ml", fontsize=10)
     return fig

@@ -95,9 +95,8 @@ def column_headings(table: pd.DataFrame) -> list:  # of (name, whether numeric),
     index = table.index
     name = index.name if index.nlevels == 1 else _label(tuple(index.names))
     name = Markup('<span class="unseen">row</span>') if name is None else name
-    labels = pd.Series([_label(i) for i in index], dtype=object)
     columns = [(column, _numeric(values)) for column, values in table.items()]
-    return [(name, _numeric(labels)), *columns]
+    return [(name, _numeric(pd.Series([_label(i) for i in index], dtype=object))), *columns]
 
 # %% ../../nbs/report/01_page.ipynb #5f8f1212
 def sort_value(
@@ -150,13 +149,10 @@ def render_report(
 
 def write_report(
     path: str | Path,  # the HTML file; missing folders are made
-    title: str,  # the heading of the page
-    summary: list[str],  # sentences: what was done, what came out, what to beware of
-    sections: list[Section],  # in the order of the page
-    warnings: list[str] = (),  # sentences: what was skipped, and why
-    **options,  # heading and extra, as for `render_report`
+    *content,  # title, summary, sections, warnings, as for `render_report`
+    **options,  # heading and extra, as for it
 ):
     "Write the report as one HTML file, whole or not at all."
-    page = render_report(title, summary, sections, warnings, **options)
+    page = render_report(*content, **options)
     with whole_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")

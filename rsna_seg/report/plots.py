@@ -320,9 +320,8 @@ def organ_bars(
 
 # %% ../../nbs/report/00_plots.ipynb #patieco1
 def _draw_means(ax, means):
-    "A diamond for each organ's mean, on a bar for its interval; mean, low, high are the columns."
-    for i, o in enumerate(ORGANS):
-        mean, *ends = means.loc[o.key].iloc[:3].astype(float)
+    "A diamond for each row's mean, on a bar for its interval; mean, low, high are the columns."
+    for i, (mean, *ends) in enumerate(means.iloc[:, :3].astype(float).to_numpy()):
         ax.plot(ends, [i, i], color="black", linewidth=2, zorder=4)
         ax.plot(mean, i, "D", color="black", markersize=8, markeredgecolor="white", zorder=5)
 
@@ -335,17 +334,18 @@ def organ_dots(
     log: bool = False,  # a logarithmic axis, from 0.1 on
     means: pd.DataFrame | None = None,  # a row an organ key: mean, low, high; NaN: no interval
 ) -> Paper:
-    "A row for each organ, a dot for each finite value, how many there are, and their mean."
-    fig = Paper(7, 0.55 * len(ORGANS) + 0.9)
+    "A row for each organ that has a value, a dot for each, how many there are, and their mean."
+    values = table.loc[np.isfinite(table[column].astype(float)), ["organ", column]]
+    organs = [o for o in ORGANS if o.key in set(values.organ)] or ORGANS
+    fig = Paper(7, 0.55 * len(organs) + 0.9)
     ax = fig.subplots()
     ax.set_xscale("log" if log else "linear")
-    values = table.loc[np.isfinite(table[column].astype(float)), ["organ", column]]
     many = values[values.groupby("organ")[column].transform("size") >= 5]
     if box and len(many):
-        sns.boxplot(many, x=column, y="organ", order=ALL_ORGANS, orient="h", ax=ax, width=0.7,
-                    color="#E4E4E4", linewidth=1, showfliers=False)
+        sns.boxplot(many, x=column, y="organ", order=[o.key for o in organs], orient="h", ax=ax,
+                    width=0.7, color="#E4E4E4", linewidth=1, showfliers=False)
     names = []
-    for i, o in enumerate(ORGANS):
+    for i, o in enumerate(organs):
         dots = values.loc[values.organ == o.key, column].astype(float).clip(0.1 if log else None)
         y = i + 0.5 * (np.arange(1, len(dots) + 1) * 0.6180339887 % 1 - 0.5)
         ax.scatter(dots, y, s=26, color=o.color, edgecolor="black", linewidth=0.4, zorder=3)
@@ -353,7 +353,7 @@ def organ_dots(
     ax.set_yticks(range(len(names)), names)
     tidy(ax, "x", xlabel=label, ylabel="", ylim=(len(names) - 0.5, -0.5))
     if means is not None:
-        _draw_means(ax, means)
+        _draw_means(ax, means.loc[[o.key for o in organs]])
     return fig
 
 # %% ../../nbs/report/00_plots.ipynb #paireco1
@@ -367,10 +367,9 @@ def paired_differences(
     "By organ what each patient gained from the second model, and the mean with its interval."
     text = f"difference in {label}, {names[1]} minus {names[0]}\n◆ mean"
     text += " with its interval" if means.low.count() else ""
-    fig = organ_dots(table, "gain", text, box=False)
+    fig = organ_dots(table, "gain", text, box=False, means=means[["difference", "low", "high"]])
     ax = fig.axes[0]
     ax.axvline(0, color="black", linewidth=0.8)
-    _draw_means(ax, means[["difference", "low", "high"]])
     most = np.abs(ax.get_xlim()).max()
     ax.set_xlim(-most, most)
     left, right = names[::-1] if better == "smaller" else names

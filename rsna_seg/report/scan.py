@@ -90,8 +90,7 @@ def telling_slice(
 ) -> int:  # rank of the slice
     "The slice with most organs, then most of their pixels, then nearest to the middle."
     from_middle = np.abs(np.arange(len(counts)) - len(counts) // 2)
-    order = np.lexsort((-from_middle, counts.sum(axis=1), (counts > 0).sum(axis=1)))
-    return int(order[-1])
+    return int(np.lexsort((-from_middle, counts.sum(axis=1), (counts > 0).sum(axis=1)))[-1])
 
 # %% ../../nbs/report/03_scan.ipynb #e7e6c916
 def organ_middle(mask: np.ndarray) -> list[int]:  # of classes, (z, row, col)
@@ -300,8 +299,7 @@ def write_scan_report(
     still = overlay(grey, fit_plane(mask[z], 512, cv2.INTER_NEAREST))
     named = [w for w in WINDOWS if w[2:] == tuple(data["window"])]
     windows = WINDOWS if named else (*WINDOWS, ("Network", "N", *data["window"]))
-    rows = organ_rows(organs, data, findings)
-    viewer = viewer_html(data, rows, still, facts, windows=windows)
+    viewer = viewer_html(data, organ_rows(organs, data, findings), still, facts, windows=windows)
     seen = [o.key for o, shown in zip(ORGANS, data["organs"]) if any(shown["counts"])]
     table, why = organ_table(organs, seen)
     sections = [
