@@ -155,6 +155,7 @@ def test_no_color():
 def data(world):  # noqa: F811
     done = rsna_seg("prepare", world / "kaggle", world / "slices", "--size", 64, "--jobs", 1)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("read as Kaggle's competition folder: 4 series of 3 patients, labelled liver, ")
     return world / "slices"
 
 

@@ -83,10 +83,21 @@ def test_the_papers_of_the_release():
     assert any("rsna_seg info" in str(part["attributes"]) for part in forms["bug"]["body"])
 
 
+def below(entries):
+    "Entries of the sidebar, each followed by what it holds."
+    return [one for entry in entries for one in (entry, *below(entry.get("contents", [])))]
+
+
 def test_the_sidebar_names_every_page_once():
+    "Story, tutorials and guide are unfolded, as all of the first level are; each room, a level below, folds."
     sidebar = yaml.safe_load((TOP / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    entries = [entry for part in sidebar for entry in part.get("contents", [part])]
-    assert sorted(entry["href"] for entry in entries if "href" in entry) == sorted(map(str, PAGES))
+    assert sorted(entry["href"] for entry in below(sidebar) if "href" in entry) == sorted(map(str, PAGES))
+    *open_parts, rooms = [part for part in sidebar if "section" in part]
+    assert [part["section"] for part in open_parts] == ["The story", "Tutorials", "Guide"]
+    assert not [entry for part in open_parts for entry in part["contents"] if "section" in entry]
+    assert all("text" in room["contents"][0] for room in rooms["contents"] if "section" in room)
+    assert {room["section"].lower() for room in rooms["contents"] if "section" in room} >= {
+        page.parts[0] for page in PAGES if len(page.parts) > 1} - {"guide", "tutorials"}  # fmt: skip
 
 
 class Page(HTMLParser):
