@@ -418,7 +418,7 @@ def test_finetuning_and_evaluation_go_on_from_it(net, world, tmp_path, capsys):
     assert load_checkpoint(run.checkpoint)[1].notes == []
     prepare(world / "kaggle", tmp_path / "lung", config=PrepareConfig(size=64, valid=0.5, level=-600, width=1500, jobs=1))
     notes = evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu").about["notes"]
-    assert any("lung has the window -600/1500 (known) but" in note and "50/400 (assumed)" in note for note in notes)
+    assert any("lung has the window -600/1500 (known), " in note and "50/400 (assumed)" in note for note in notes)
     (tmp_path / "theirs.json").write_text('{"level": 50, "width": 400}')
     notes = evaluate(tmp_path / "theirs.pth", tmp_path / "lung", workers=0, device="cpu").about["notes"]
     assert notes[0] == "lung: its window, level -600, width 1500 (known), is brought to level 50, width 400; it shows nothing beyond -1350 to 150 HU."

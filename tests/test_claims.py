@@ -86,7 +86,7 @@ def reports(folder, patients, **how):
 
 def whiskers(figure):
     "Ends of the whiskers that a comparison's figure shows, by organ."
-    lines = figure.axes[0].lines[1::2]
+    lines = figure.axes[0].lines[::2]
     return dict(zip(ALL_ORGANS, ([float(x) for x in line.get_xdata()] for line in lines)))
 
 
