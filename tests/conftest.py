@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def no_network(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory):
     "What tests and their child processes leave in the system's temporary folder goes with the tests' own."
+    get_temp_dir()  # multiprocessing's own folder goes with the process, after all of these
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("tmp")
     patch.setenv("TMPDIR", str(folder))
     patch.setattr(tempfile, "tempdir", str(folder))
