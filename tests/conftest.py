@@ -20,6 +20,7 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or "not slow"
     if not config.option.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks, in child processes too
+    os.environ["TQDM_DISABLE"] = "1"  # a bar stands between the lines that tests read
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side: each its share
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
     config.option.loadscopereorder = False  # pytest-xdist keeps the order below
