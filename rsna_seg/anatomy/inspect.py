@@ -49,7 +49,7 @@ def _near_pairs(series):
     "How many slices of one series have a near one in another, by the numbers of the two."
     near, sketches, ranks = {}, [np.reshape(each, (-1, 576)) for each in series.sketches], []
     for each in sketches:
-        rank = pd.DataFrame(each).rank(axis=1).to_numpy() - 288.5
+        rank = pd.DataFrame(each).rank(axis=1).to_numpy(np.float32) - 288.5
         ranks.append(rank / np.linalg.norm(rank, axis=1, keepdims=True))
     for i, j in combinations(range(len(series)), 2):
         slices, others = np.nonzero(ranks[i] @ ranks[j].T > ALIKE)
