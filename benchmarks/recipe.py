@@ -1,30 +1,34 @@
-"What does each recipe learn within the same processor time, judged on patients who were left out of the training?"
+"What does each recipe learn within the same time, a core's or a GPU's, judged on patients who were left out of the training?"
 
 import io
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from rounds import machine, versions_of, words
+from torch import nn
+from torch.optim import lr_scheduler as schedules
 
 from rsna_seg.augment import AugmentConfig
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import whole_file
 from rsna_seg.finetune import FinetuneConfig, finetune
-from rsna_seg.model import load_checkpoint, save_checkpoint
+from rsna_seg.model import SegLoss, load_checkpoint, marginal_logits, save_checkpoint
 from rsna_seg.scoring.intervals import MEAN, interval_table, interval_text, patient_means
 from rsna_seg.scoring.metrics import side_confusion
-from rsna_seg.train import TrainConfig, train
+from rsna_seg.train import TrainConfig, make_loop, train
 
 USERS, CT = TrainConfig(), TrainConfig.ct()
 
@@ -66,11 +70,90 @@ RECIPES = {
     "ct, Dice of each image": replace(CT, dice_over="image"),
     "ct, slice and neighbours": replace(CT, channels="neighbours"),
 }
-REFINED = {  # a part of the time goes to a fine-tuning of what the recipe ct has learned until then
-    "ct, then fine-tuned": FinetuneConfig.ct(),
-    "ct, then fine-tuned at 3e-4": replace(FinetuneConfig.ct(), lr=3e-4),
-}
 SHARE = 0.25  # of the time, as 10 epochs after 30
+REFINED = {  # a share of the time goes to a fine-tuning of what the recipe ct has learned until then, at this size
+    "ct, then fine-tuned": (SHARE, FinetuneConfig.ct(), None),
+    "ct, then fine-tuned at 3e-4": (SHARE, replace(FinetuneConfig.ct(), lr=3e-4), None),
+    "ct, a half at 96 pixels": (0.5, replace(FinetuneConfig.ct(), lr=CT.lr), 96),
+}
+
+
+class PixelLoss(SegLoss):
+    "Cross-entropy of the pixels, or softmax focal loss, in place of the focal loss of each class."
+
+    def __init__(self, gamma, classes, like):
+        super().__init__(like.dice, 0, like.labelled)
+        self.gamma, self.classes = gamma, torch.tensor(classes)
+
+    def forward(self, logits, masks, known=None):
+        dice, masks = super().forward(logits, masks, known), masks.long()
+        shares = marginal_logits(logits.float(), self.labelled if known is None else known).log_softmax(1)
+        share = shares.gather(1, masks.unsqueeze(1)).squeeze(1)
+        losses = -((1 - share.exp()) ** self.gamma) * share * self.classes.to(share.device)[masks]
+        return dice + 0.5 * losses.mean()
+
+
+def other_loss(gamma, classes=(1.0,) * 6):
+    "A change of a loop: its loss."
+
+    def change(loop, steps):
+        loop.criterion = PixelLoss(gamma, classes, loop.criterion)
+
+    return change
+
+
+def cosine(step, steps):
+    "Of the learning rate at the start."
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def warm_up(loop, steps):
+    "The first twentieth of the steps raises the learning rate, then the cosine follows."
+    rates = lambda step: min(1, 20 * (step + 1) / steps) * cosine(step, steps)
+    loop.scheduler = schedules.LambdaLR(loop.optimizer.optimizer, rates)
+
+
+def one_cycle(loop, steps):
+    "Up to three times the learning rate and down."
+    loop.scheduler = schedules.OneCycleLR(loop.optimizer.optimizer, 3 * CT.lr, total_steps=steps + 1, cycle_momentum=False)
+
+
+def frozen_statistics(loop, steps):
+    "BatchNorm uses its running statistics in the last fifth of the steps, and keeps them."
+    norms = [layer for layer in loop.network.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    def rates(step):
+        for layer in norms if step > 0.8 * steps else ():
+            layer.eval()
+        return cosine(step, steps)
+
+    loop.scheduler = schedules.LambdaLR(loop.optimizer.optimizer, rates)
+
+
+ALTERED = {  # what no setting offers
+    "ct, cross-entropy and Dice": other_loss(0),
+    "ct, softmax focal loss and Dice": other_loss(2),
+    "ct, cross-entropy with weights of organs": other_loss(0, (0.5, 1.0, 2.0, 3.0, 3.0, 1.0)),
+    "ct, warm-up": warm_up,
+    "ct, one cycle": one_cycle,
+    "ct, BatchNorm frozen at the end": frozen_statistics,
+}
+NAMES = [*RECIPES, *REFINED, *ALTERED]
+
+
+def altered(name):
+    "A context in which trainings are changed so."
+
+    def make(*given, **settings):
+        loop = make_loop(*given, **settings)
+        ALTERED[name](loop, given[5])
+        return loop
+
+    return mock.patch("rsna_seg.train.make_loop", make) if name in ALTERED else nullcontext()
+
+
+CARD = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+clock = time.perf_counter if CARD else time.process_time  # one training has the GPU and all cores, or one core
 
 
 def arguments():
@@ -79,9 +162,9 @@ def arguments():
     parser.add_argument("data", type=Path, nargs="+", help="dataset folders, made by prepare, that are one training")
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="dataset folders to judge on, of which nothing is learned")
     parser.add_argument("--scan", type=Path, nargs=2, metavar=("CT", "MASK"), help="a scan with its mask to judge on")
-    parser.add_argument("--only", nargs="*", metavar="NAME", choices=[*RECIPES, *REFINED], default=[*RECIPES, *REFINED], help="these recipes")
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=NAMES, default=NAMES, help="these recipes")
     parser.add_argument("--size", type=int, default=128, help="pixels along both sides")
-    parser.add_argument("--seconds", type=float, default=300, help="of processor time for each training")
+    parser.add_argument("--seconds", type=float, default=300, help="for each training: of a core, or of the GPU where there is one")
     parser.add_argument("--folds", type=int, nargs="*", default=[0], help="to leave out, one after the other")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="for these folds in turn")
     parser.add_argument("--encoder-weights", default="none", help='"imagenet", "none" for random, or a file')
@@ -89,28 +172,28 @@ def arguments():
 
 
 def epochs_within(seconds, begin, config, folder):
-    "How many epochs take so much processor time, by the second of two."
+    "How many epochs take so long, by the second of two."
     ends = []
-    begin(folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(time.process_time()))
+    begin(folder / "trial", replace(config, epochs=2), watch=lambda history: ends.append(clock()))
     return max(1, round(seconds / (ends[1] - ends[0])))
 
 
 def last_weights(run, path):
     "Writes the weights after a run's last step as a checkpoint: those of its best epoch were chosen by the validation."
     model, card = load_checkpoint(run.checkpoint)
-    state = torch.load(run.folder / "last" / "state.pt", weights_only=True)
+    state = torch.load(run.folder / "last" / "state.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"] if state["average"] is None else state["average"])
     save_checkpoint(model, path, card)
     return path, state["steps"]
 
 
 def learn(begin, config, seconds, folder):
-    "A training of so much processor time: its history, its weights after the last step, how many steps, and the time."
+    "A training that takes so long: its history, its weights after the last step, how many steps, and the time."
     with redirect_stdout(io.StringIO()):
         config = replace(config, epochs=epochs_within(seconds, begin, config, folder))
-        start = time.process_time()
+        start = clock()
         run = begin(folder / "run", config)
-        taken = time.process_time() - start
+        taken = clock() - start
     return (run.history, *last_weights(run, folder / "last.pth"), taken)
 
 
@@ -122,22 +205,25 @@ def dice_of(result, judged, taught):
 
 def one_run(name, fold, seed, args):
     "Trains, and judges the weights after the last step: what was left out chooses nothing."
-    torch.set_num_threads(1)
+    workers = len(os.sched_getaffinity(0)) if CARD else 0
+    if not CARD:
+        torch.set_num_threads(1)
     data = args.data if len(args.data) > 1 else args.data[0]
-    common = {"size": args.size, "workers": 0, "fold": fold, "seed": seed, "save_minutes": 60}
+    common = {"size": args.size, "workers": workers, "fold": fold, "seed": seed, "save_minutes": 60}
     first = replace(RECIPES.get(name, CT), **common, encoder_weights=args.encoder_weights)
-    share = SHARE if name in REFINED else 0
-    with tempfile.TemporaryDirectory() as folder:
+    share, second, smaller = REFINED.get(name, (0, None, None))
+    with tempfile.TemporaryDirectory() as folder, altered(name):
+        first = replace(first, size=smaller or args.size)
         history, last, steps, taken = learn(partial(train, data), first, (1 - share) * args.seconds, Path(folder))
         if share:
-            refine, second = partial(finetune, last, data), replace(REFINED[name], **common)
+            refine, second = partial(finetune, last, data), replace(second, **common)
             more, last, refined, rest = learn(refine, second, share * args.seconds, Path(folder, "refined"))
             history, steps, taken = pd.concat([history, more]), steps + refined, taken + rest
-        left_out = evaluate(last, data, workers=0, fold=fold)
+        left_out = evaluate(last, data, workers=workers, fold=fold)
         taught = load_checkpoint(last)[1].labelled
         tables = [dice_of(left_out, "left out", taught)]
         for other in args.also:
-            tables.append(dice_of(evaluate(last, other, "train", workers=0), other.name, taught))
+            tables.append(dice_of(evaluate(last, other, "train", workers=workers), other.name, taught))
         if args.scan:
             tables.append(dice_of(evaluate(last, args.scan[0], mask=args.scan[1]), args.scan[0].name, taught))
     swapped = 100 * side_confusion(left_out.matrix)
@@ -159,7 +245,8 @@ def summary(scores):
 def asked(args):
     "What the runs of a file have in common; folders and files by their names."
     names = {key: [path.name for path in getattr(args, key) or ()] for key in ("data", "also", "scan")}
-    return {**names, "size": args.size, "seconds": args.seconds, "encoder_weights": args.encoder_weights}
+    about = {"size": args.size, "seconds": args.seconds, "encoder_weights": args.encoder_weights}
+    return {**names, **about, **({"gpu": CARD} if CARD else {})}
 
 
 def read_earlier(args):
@@ -174,16 +261,15 @@ def read_earlier(args):
 
 def write(args, runs, scores):
     "All runs so far, so that a call that is cut off loses only those at work."
-    names = [*RECIPES, *REFINED]
     for rows in (runs, scores):
-        rows.sort(key=lambda row: (names.index(row["recipe"]), row["fold"], row["seed"]))
+        rows.sort(key=lambda row: (NAMES.index(row["recipe"]), row["fold"], row["seed"]))
     about = {"question": __doc__, "machine": machine(), "versions": versions_of("rsna_seg", "torch", "albumentations")}
     with whole_file(args.json) as part:
         part.write_text(json.dumps({**about, "asked": asked(args), "runs": runs, "scores": scores}, indent=1))
 
 
 def main():
-    "Trains each recipe as often as asked for, a run a core, and reports."
+    "Trains each recipe as often as asked for, a run a core or one after the other on a GPU, and reports."
     args = arguments()
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: a line for each run says enough
     warnings.filterwarnings("ignore", "A worker stopped")  # joblib replaces a process that has grown
@@ -191,7 +277,7 @@ def main():
     done = {(run["recipe"], run["fold"], run["seed"]) for run in runs}
     seeded = list(zip(args.folds, itertools.cycle(args.seeds), strict=False))
     todo = [(name, *pair) for name, pair in itertools.product(args.only, seeded) if (name, *pair) not in done]
-    work = Parallel(len(os.sched_getaffinity(0)), return_as="generator_unordered")
+    work = Parallel(1 if CARD else len(os.sched_getaffinity(0)), return_as="generator_unordered")
     for run, table in work(delayed(one_run)(*each, args) for each in todo):
         runs.append(run)
         scores += table[["recipe", "fold", "seed", "judged", "patient", "organ", "dice"]].round(4).to_dict(orient="records")

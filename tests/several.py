@@ -51,7 +51,7 @@ def new_network(exact=False):
     "The U-Net, in double precision if the results shall be exact."
     torch.manual_seed(0)
     network = build_model(encoder_weights="none")
-    merge_upsampling(network)  # as the loop does on a CPU; rounding would differ without
+    merge_upsampling(network)  # as the loop does; rounding would differ without
     if exact:
         network.double().register_forward_pre_hook(lambda module, images: images[0].double())
     return network

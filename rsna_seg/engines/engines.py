@@ -42,11 +42,11 @@ class TorchEngine:
         self,
         model: nn.Module,  # in eval mode
         device: str = "cpu",  # "cpu", "cuda", "cuda:1" ...
-        dtype: torch.dtype | None = torch.float32,  # None: the half precision that a GPU has
+        dtype: torch.dtype = torch.float32,
     ):
         self.device, self.most = torch.device(device), 10**6  # slices at once
-        self.dtype = dtype or (torch.bfloat16 if has_bf16(device) else torch.float16)
-        self.precision = str(self.dtype).removeprefix("torch.")
+        self.dtype = dtype
+        self.precision = str(dtype).removeprefix("torch.")
         self.model = fold_batchnorm(model)
         if self.device.type == "cpu":
             keep_memory()
@@ -156,7 +156,7 @@ ENGINES = {
     "torch": Engine(_torch(torch.float32), ("cpu", "cuda"), tried=(False,)),
     "openvino": Engine(_openvino, packages=("openvino", "onnx"), tried=(True, False)),
     "onnxruntime": Engine(_onnx, packages=("onnxruntime", "onnx"), tried=(False,)),
-    "cuda": Engine(_torch(None), ("cuda",)),
+    "cuda": Engine(_torch(torch.float16), ("cuda",)),
 }
 
 # %% ../../nbs/engines/01_engines.ipynb #a4f551ad

@@ -96,7 +96,7 @@ def try_batch(batch_size: int, size: int, precision: str) -> dict:
     return pickle.loads(child.stdout)
 
 # %% ../../nbs/training/01_plan.ipynb #79d1f6cf
-SLICE_GB = {"no": 0.52, "fp16": 0.29, "bf16": 0.29}  # of memory, at 512 x 512 in training
+SLICE_GB = {"no": 0.45, "fp16": 0.26, "bf16": 0.26}  # of memory, at 512 x 512 in training
 
 
 def fitting_batch(
