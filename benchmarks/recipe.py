@@ -81,23 +81,23 @@ REFINED = {  # a share of the time goes to a fine-tuning of what the recipe ct h
 class PixelLoss(SegLoss):
     "Cross-entropy of the pixels, or softmax focal loss, in place of the focal loss of each class."
 
-    def __init__(self, gamma, classes, like):
+    def __init__(self, gamma, of_class, like):
         super().__init__(like.dice, 0, like.labelled)
-        self.gamma, self.classes = gamma, torch.tensor(classes)
+        self.gamma, self.of_class = gamma, torch.tensor(of_class)
 
     def forward(self, logits, masks, known=None):
         dice, masks = super().forward(logits, masks, known), masks.long()
         shares = marginal_logits(logits.float(), self.labelled if known is None else known).log_softmax(1)
         share = shares.gather(1, masks.unsqueeze(1)).squeeze(1)
-        losses = -((1 - share.exp()) ** self.gamma) * share * self.classes.to(share.device)[masks]
+        losses = -((1 - share.exp()) ** self.gamma) * share * self.of_class.to(share.device)[masks]
         return dice + 0.5 * losses.mean()
 
 
-def other_loss(gamma, classes=(1.0,) * 6):
+def other_loss(gamma, of_class=(1.0,) * 6):
     "A change of a loop: its loss."
 
     def change(loop, steps):
-        loop.criterion = PixelLoss(gamma, classes, loop.criterion)
+        loop.criterion = PixelLoss(gamma, of_class, loop.criterion)
 
     return change
 
