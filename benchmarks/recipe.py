@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from rsna_seg.augment import AugmentConfig
+from rsna_seg.ct.organs import CLASSES
 from rsna_seg.evaluate import evaluate
 from rsna_seg.files import whole_file
 from rsna_seg.finetune import FinetuneConfig, finetune
@@ -79,25 +80,26 @@ REFINED = {  # a share of the time goes to a fine-tuning of what the recipe ct h
 
 
 class PixelLoss(SegLoss):
-    "Cross-entropy of the pixels, or softmax focal loss, in place of the focal loss of each class."
+    "Softmax focal loss of each pixel, with gamma 0 its cross-entropy, in place of the focal loss of each class."
 
-    def __init__(self, gamma, of_class, like):
+    def __init__(self, like, gamma, weights):
         super().__init__(like.dice, 0, like.labelled)
-        self.gamma, self.of_class = gamma, torch.tensor(of_class)
+        self.axes, self.share, self.gamma = like.axes, like.focal, gamma
+        self.weights = torch.tensor([weights.get(c.key, 1.0) for c in CLASSES])
 
     def forward(self, logits, masks, known=None):
         dice, masks = super().forward(logits, masks, known), masks.long()
         shares = marginal_logits(logits.float(), self.labelled if known is None else known).log_softmax(1)
         share = shares.gather(1, masks.unsqueeze(1)).squeeze(1)
-        losses = -((1 - share.exp()) ** self.gamma) * share * self.of_class.to(share.device)[masks]
-        return dice + 0.5 * losses.mean()
+        losses = -((1 - share.exp()) ** self.gamma) * share * self.weights.to(share.device)[masks]
+        return dice + self.share * losses.mean()
 
 
-def other_loss(gamma, of_class=(1.0,) * 6):
-    "A change of a loop: its loss."
+def pixel_loss(gamma, **weights):
+    "A change of a loop: this loss, with weights of classes that are not 1."
 
     def change(loop, steps):
-        loop.criterion = PixelLoss(gamma, of_class, loop.criterion)
+        loop.criterion = PixelLoss(loop.criterion, gamma, weights)
 
     return change
 
@@ -114,12 +116,12 @@ def warm_up(loop, steps):
 
 
 def one_cycle(loop, steps):
-    "Up to three times the learning rate and down."
+    "Up to three times the recipe's learning rate and down, which is one value more than there are steps."
     loop.scheduler = schedules.OneCycleLR(loop.optimizer.optimizer, 3 * CT.lr, total_steps=steps + 1, cycle_momentum=False)
 
 
 def frozen_statistics(loop, steps):
-    "BatchNorm uses its running statistics in the last fifth of the steps, and keeps them."
+    "BatchNorm uses and keeps its running statistics in the last fifth of the steps, but for the first of an epoch."
     norms = [layer for layer in loop.network.modules() if isinstance(layer, nn.BatchNorm2d)]
 
     def rates(step):
@@ -131,9 +133,9 @@ def frozen_statistics(loop, steps):
 
 
 ALTERED = {  # what no setting offers
-    "ct, cross-entropy and Dice": other_loss(0),
-    "ct, softmax focal loss and Dice": other_loss(2),
-    "ct, cross-entropy with weights of organs": other_loss(0, (0.5, 1.0, 2.0, 3.0, 3.0, 1.0)),
+    "ct, cross-entropy and Dice": pixel_loss(0),
+    "ct, softmax focal loss and Dice": pixel_loss(2),
+    "ct, cross-entropy with weights of organs": pixel_loss(0, background=0.5, spleen=2, left_kidney=3, right_kidney=3),
     "ct, warm-up": warm_up,
     "ct, one cycle": one_cycle,
     "ct, BatchNorm frozen at the end": frozen_statistics,
@@ -142,11 +144,11 @@ NAMES = [*RECIPES, *REFINED, *ALTERED]
 
 
 def altered(name):
-    "A context in which trainings are changed so."
+    "A context in which each training's loop is changed once it is made."
 
-    def make(*given, **settings):
-        loop = make_loop(*given, **settings)
-        ALTERED[name](loop, given[5])
+    def make(accelerator, model, criterion, taught, lr, steps, *others, **settings):
+        loop = make_loop(accelerator, model, criterion, taught, lr, steps, *others, **settings)
+        ALTERED[name](loop, steps)
         return loop
 
     return mock.patch("rsna_seg.train.make_loop", make) if name in ALTERED else nullcontext()
@@ -209,14 +211,13 @@ def one_run(name, fold, seed, args):
     if not CARD:
         torch.set_num_threads(1)
     data = args.data if len(args.data) > 1 else args.data[0]
-    common = {"size": args.size, "workers": workers, "fold": fold, "seed": seed, "save_minutes": 60}
-    first = replace(RECIPES.get(name, CT), **common, encoder_weights=args.encoder_weights)
     share, second, smaller = REFINED.get(name, (0, None, None))
+    common = {"workers": workers, "fold": fold, "seed": seed, "save_minutes": 60}
+    first = replace(RECIPES.get(name, CT), **common, size=smaller or args.size, encoder_weights=args.encoder_weights)
     with tempfile.TemporaryDirectory() as folder, altered(name):
-        first = replace(first, size=smaller or args.size)
         history, last, steps, taken = learn(partial(train, data), first, (1 - share) * args.seconds, Path(folder))
         if share:
-            refine, second = partial(finetune, last, data), replace(second, **common)
+            refine, second = partial(finetune, last, data), replace(second, **common, size=args.size)
             more, last, refined, rest = learn(refine, second, share * args.seconds, Path(folder, "refined"))
             history, steps, taken = pd.concat([history, more]), steps + refined, taken + rest
         left_out = evaluate(last, data, workers=workers, fold=fold)
