@@ -46,7 +46,7 @@ print(len(open_run(sys.argv[2]).history), "epochs")
 def start(*words, **settings):
     "A command whose processes compute on the CPU, with one thread each."
     environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
-    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{TOP}{os.pathsep}{TOP / 'tests'}"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TOP}{os.pathsep}{TOP / 'tests'}"}
     return subprocess.Popen([sys.executable, *map(str, words)], text=True, env=environment, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)  # fmt: skip
 

@@ -38,7 +38,8 @@ def start_accelerator(
 ) -> Accelerator:
     "Device, precision and processes; raises `ConfigError` for a precision that the device lacks."
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before may differ
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    launched = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()  # by torchrun
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched).device
     gpu = device.type == "cuda"
     if precision == "fp16" and not gpu:
         raise ConfigError("fp16 needs a GPU; use --mixed-precision auto.")
