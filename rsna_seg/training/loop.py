@@ -143,8 +143,7 @@ def make_loop(
     **settings,  # clip and most_skipped of `Loop`
 ) -> Loop:
     "AdamW with cosine annealing for this network, on the accelerator's device."
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu and accelerator.mixed_precision == "bf16":
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         exempt_depthwise(model)
     merge_upsampling(model)
     average = None
